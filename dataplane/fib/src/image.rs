@@ -1,0 +1,285 @@
+//! A checked view of an image: what a worker looks packets up in.
+//!
+//! [`Image::attach`] checks once that every section lies inside the image and has a possible size; after that no
+//! lookup can fail or read outside, whatever the words say: all indices found in the image are bounds-checked.
+
+use core::fmt;
+use core::net::Ipv4Addr;
+
+use crate::ABI_VERSION;
+use crate::build::{
+    CHECKSUM_WORD, HEADER_WORDS, IMAGE_MAGIC, LEASE_WORDS, LeaseRecord, Node, SECTION_TABLE,
+    SECTIONS, Section, TEMPLATE_WORDS, unpack_mac,
+};
+use crate::checksum::checksum_words;
+use crate::lpm::{self, AdjacencyId, CHUNK_WORDS, ROOT_WORDS};
+use crate::peers::{self, BUCKET_WORDS, PeerCheck};
+use crate::sync::{Ordering, Word};
+
+pub use crate::lpm::Hop;
+
+/// Why words are not an image that this version can read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageError {
+    /// Too few words for a header.
+    Short {
+        /// Words there are.
+        words: usize,
+    },
+    /// The first word is not the magic number.
+    Magic(u64),
+    /// Written by a version with another layout.
+    Abi {
+        /// The version found.
+        found: u32,
+    },
+    /// The length in the header is not the number of words given.
+    Length {
+        /// Words that the header claims.
+        claimed: u64,
+        /// Words there are.
+        words: usize,
+    },
+    /// A section lies outside the image, overlaps its header, or has an impossible size.
+    Section {
+        /// Number of the section.
+        section: usize,
+    },
+    /// The checksum does not match the content.
+    Checksum {
+        /// The checksum in the header.
+        claimed: u64,
+        /// The checksum of the content.
+        computed: u64,
+    },
+}
+
+impl fmt::Display for ImageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Short { words } => write!(
+                f,
+                "the table has {words} words, fewer than its header of {HEADER_WORDS}"
+            ),
+            Self::Magic(found) => write!(
+                f,
+                "the table starts with {found:#018x}, not with {IMAGE_MAGIC:#018x}"
+            ),
+            Self::Abi { found } => write!(
+                f,
+                "the table has layout version {found}, this program reads {ABI_VERSION}"
+            ),
+            Self::Length { claimed, words } => {
+                write!(f, "the table claims {claimed} words but {words} are there")
+            }
+            Self::Section { section } => write!(
+                f,
+                "section {section} of the table has an impossible place or size"
+            ),
+            Self::Checksum { claimed, computed } => {
+                write!(
+                    f,
+                    "the table's checksum is {claimed:#018x} but its content gives {computed:#018x}"
+                )
+            }
+        }
+    }
+}
+
+impl core::error::Error for ImageError {}
+
+/// A view of an image in shared or private memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Image<'r> {
+    words: &'r [Word],
+    root4: &'r [Word],
+    chunks4: &'r [Word],
+    root6: &'r [Word],
+    chunks6: &'r [Word],
+    templates: &'r [Word],
+    peers4: &'r [Word],
+    leases: &'r [Word],
+    base6: u128,
+    base6_bits: u32,
+}
+
+impl<'r> Image<'r> {
+    /// Checks the header and the place of every section. Does not compute the checksum: see [`Image::verify`].
+    ///
+    /// # Errors
+    /// When the words are no image, one of another version, or one whose sections are impossible.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "two 32-bit values are kept in a word"
+    )]
+    pub fn attach(words: &'r [Word]) -> Result<Self, ImageError> {
+        let load = |index: usize| {
+            words
+                .get(index)
+                .map_or(0, |word| word.load(Ordering::Relaxed))
+        };
+        if words.len() < HEADER_WORDS {
+            return Err(ImageError::Short { words: words.len() });
+        }
+        if load(0) != IMAGE_MAGIC {
+            return Err(ImageError::Magic(load(0)));
+        }
+        if load(1) != u64::from(ABI_VERSION) | ((HEADER_WORDS as u64) << 32) {
+            return Err(ImageError::Abi {
+                found: load(1) as u32,
+            });
+        }
+        if load(2) != words.len() as u64 {
+            return Err(ImageError::Length {
+                claimed: load(2),
+                words: words.len(),
+            });
+        }
+        let mut sections: [&[Word]; SECTIONS] = [&[]; SECTIONS];
+        for (section, slice) in sections.iter_mut().enumerate() {
+            let place = load(SECTION_TABLE + section);
+            let (start, len) = (place as u32 as usize, (place >> 32) as usize);
+            let range = start..start.saturating_add(len);
+            let inside = words
+                .get(range)
+                .filter(|found| start >= HEADER_WORDS && possible(section, found.len()));
+            *slice = inside.ok_or(ImageError::Section { section })?;
+        }
+        let base6_bits = load(9);
+        if base6_bits > 112 {
+            return Err(ImageError::Section {
+                section: Section::Root6 as usize,
+            });
+        }
+        let [root4, chunks4, root6, chunks6, templates, peers4, leases] = sections;
+        let base6 = u128::from(load(10)) | (u128::from(load(11)) << 64);
+        let base6_bits = base6_bits as u32;
+        Ok(Self {
+            words,
+            root4,
+            chunks4,
+            root6,
+            chunks6,
+            templates,
+            peers4,
+            leases,
+            base6,
+            base6_bits,
+        })
+    }
+
+    /// Compares the content with the checksum: one pass over the whole image.
+    ///
+    /// # Errors
+    /// [`ImageError::Checksum`] when they differ.
+    pub fn verify(&self) -> Result<(), ImageError> {
+        let claimed = self.checksum();
+        let computed = checksum_words(self.words, CHECKSUM_WORD);
+        if claimed == computed {
+            Ok(())
+        } else {
+            Err(ImageError::Checksum { claimed, computed })
+        }
+    }
+
+    /// The checksum in the header, which also serves as the content's fingerprint.
+    pub fn checksum(&self) -> u64 {
+        self.header(CHECKSUM_WORD)
+    }
+
+    /// The node that the image is for. Copies it out of shared memory: call it once per image, not per packet.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "narrow values are packed into words"
+    )]
+    pub fn node(&self) -> Node {
+        let (address, identity, subnet) = (self.header(4), self.header(6), self.header(7));
+        Node {
+            local: Ipv4Addr::from(address as u32),
+            udp_port: (address >> 32) as u16,
+            pod_mtu: (address >> 48) as u16,
+            vtep_mac: unpack_mac(self.header(5)),
+            vni: identity as u32,
+            underlay_ifindex: (identity >> 32) as u32,
+            subnet: (Ipv4Addr::from(subnet as u32), (subnet >> 32) as u8),
+            flow_seed: self.header(8),
+        }
+    }
+
+    /// Longest-prefix match of an IPv4 destination.
+    #[inline]
+    pub fn lookup4(&self, addr: u32) -> Hop {
+        lpm::lookup4(self.root4, self.chunks4, addr)
+    }
+
+    /// Longest-prefix match of an IPv6 destination.
+    #[inline]
+    pub fn lookup6(&self, addr: u128) -> Hop {
+        if self.root6.is_empty() {
+            return Hop::None;
+        }
+        lpm::lookup6(self.base6, self.base6_bits, self.root6, self.chunks6, addr)
+    }
+
+    /// The header template of an adjacency as eight words, first byte lowest; `None` if there is no such adjacency.
+    #[inline]
+    pub fn template(&self, id: AdjacencyId) -> Option<[u64; TEMPLATE_WORDS]> {
+        let start = id.0 as usize * TEMPLATE_WORDS;
+        let words: &[Word; TEMPLATE_WORDS] = self
+            .templates
+            .get(start..start + TEMPLATE_WORDS)?
+            .try_into()
+            .ok()?;
+        Some(core::array::from_fn(|index| {
+            words[index].load(Ordering::Relaxed)
+        }))
+    }
+
+    /// Whether `outer` is a peer that may send a packet with the inner source `inner`.
+    #[inline]
+    pub fn check_peer4(&self, outer: u32, inner: u32) -> PeerCheck {
+        peers::check4(self.peers4, outer, inner)
+    }
+
+    /// Number of adjacencies.
+    pub fn adjacencies(&self) -> usize {
+        self.templates.len() / TEMPLATE_WORDS
+    }
+
+    /// Size of the image in bytes.
+    pub fn size_bytes(&self) -> usize {
+        self.words.len() * 8
+    }
+
+    /// The leases, for people.
+    pub fn leases(&self) -> impl ExactSizeIterator<Item = LeaseRecord> + 'r {
+        let record = |words: &[Word]| {
+            LeaseRecord::decode(&core::array::from_fn(|i| words[i].load(Ordering::Relaxed)))
+        };
+        self.leases.chunks_exact(LEASE_WORDS).map(record)
+    }
+
+    fn header(&self, index: usize) -> u64 {
+        self.words
+            .get(index)
+            .map_or(0, |word| word.load(Ordering::Relaxed))
+    }
+}
+
+/// Whether a section may have this length in words.
+fn possible(section: usize, len: usize) -> bool {
+    let whole = |unit: usize| len.is_multiple_of(unit);
+    const ROOT4: usize = Section::Root4 as usize;
+    const ROOT6: usize = Section::Root6 as usize;
+    const CHUNKS4: usize = Section::Chunks4 as usize;
+    const CHUNKS6: usize = Section::Chunks6 as usize;
+    const TEMPLATES: usize = Section::Templates as usize;
+    const PEERS4: usize = Section::Peers4 as usize;
+    match section {
+        ROOT4 | ROOT6 => len == 0 || len == ROOT_WORDS,
+        CHUNKS4 | CHUNKS6 => whole(CHUNK_WORDS),
+        TEMPLATES => whole(TEMPLATE_WORDS),
+        PEERS4 => len == 0 || (whole(BUCKET_WORDS) && (len / BUCKET_WORDS).is_power_of_two()),
+        _ => whole(LEASE_WORDS),
+    }
+}

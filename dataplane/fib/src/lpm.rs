@@ -1,0 +1,255 @@
+//! Longest-prefix match: multibit tries of 32-bit entries, two to a word.
+//!
+//! ```text
+//!   IPv4   root[addr >> 16] ──► chunk[(addr >> 8) & 255] ──► chunk[addr & 255]
+//!          one load up to /16    two up to /24                three beyond
+//!   IPv6   the bits that all routes share are compared at once; then a root of 16 bits and chunks of 8 bits:
+//!          /64 leases in one /48 network take one load
+//! ```
+//!
+//! An entry is a leaf, or with its top bit set the number of a chunk of 256 entries. A leaf carries the encapsulation
+//! beside the adjacency's index, so that a packet needs no further load to know what to do with it.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::sync::{Ordering, Word};
+
+/// Entries of the root table: 16 bits of the address.
+pub(crate) const ROOT_ENTRIES: usize = 1 << 16;
+/// Entries of a chunk: 8 bits of the address.
+pub(crate) const CHUNK_ENTRIES: usize = 1 << 8;
+/// Words of the root table.
+pub(crate) const ROOT_WORDS: usize = ROOT_ENTRIES / 2;
+/// Words of a chunk.
+pub(crate) const CHUNK_WORDS: usize = CHUNK_ENTRIES / 2;
+
+const CHUNK_FLAG: u32 = 1 << 31;
+const KIND_SHIFT: u32 = 27;
+const INDEX_MASK: u32 = (1 << KIND_SHIFT) - 1;
+const KIND_NONE: u32 = 0;
+const KIND_LOCAL: u32 = 1;
+const KIND_UNRESOLVED: u32 = 2;
+const KIND_VXLAN4: u32 = 3;
+
+/// Index of an adjacency in its image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AdjacencyId(pub u32);
+
+impl AdjacencyId {
+    /// The largest index that a leaf can carry.
+    pub const MAX: Self = Self(INDEX_MASK);
+}
+
+/// How packets to an adjacency are encapsulated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encap {
+    /// VXLAN (RFC 7348) over IPv4: a header of 64 bytes, outer Ethernet to inner Ethernet.
+    Vxlan4,
+}
+
+/// What the table says about a destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hop {
+    /// No route covers the address.
+    None,
+    /// The address belongs to this node's own lease.
+    Local,
+    /// A lease covers the address, but the way to its node is not known yet.
+    Unresolved,
+    /// To be sent through an adjacency.
+    Via(Encap, AdjacencyId),
+}
+
+impl Hop {
+    pub(crate) fn leaf(self) -> u32 {
+        match self {
+            Self::None => KIND_NONE << KIND_SHIFT,
+            Self::Local => KIND_LOCAL << KIND_SHIFT,
+            Self::Unresolved => KIND_UNRESOLVED << KIND_SHIFT,
+            Self::Via(Encap::Vxlan4, id) => (KIND_VXLAN4 << KIND_SHIFT) | (id.0 & INDEX_MASK),
+        }
+    }
+
+    /// Decodes a leaf; a kind that this version does not know reads as no route.
+    #[inline]
+    pub(crate) fn from_leaf(leaf: u32) -> Self {
+        match leaf >> KIND_SHIFT {
+            KIND_VXLAN4 => Self::Via(Encap::Vxlan4, AdjacencyId(leaf & INDEX_MASK)),
+            KIND_LOCAL => Self::Local,
+            KIND_UNRESOLVED => Self::Unresolved,
+            _ => Self::None,
+        }
+    }
+}
+
+/// One route while the tables are built: `len` leading bits of `addr` (left-aligned in 128 bits) lead to `leaf`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Prefix {
+    pub(crate) addr: u128,
+    pub(crate) len: u32,
+    pub(crate) leaf: u32,
+}
+
+/// A finished trie as 32-bit entries.
+#[derive(Debug, Default)]
+pub(crate) struct Tables {
+    /// Number of leading bits that every route shares and that the root skips.
+    pub(crate) base_bits: u32,
+    /// Those bits, left-aligned.
+    pub(crate) base: u128,
+    pub(crate) root: Vec<u32>,
+    pub(crate) chunks: Vec<u32>,
+}
+
+/// Left-aligned mask of `bits` ones.
+pub(crate) fn mask(bits: u32) -> u128 {
+    if bits == 0 {
+        0
+    } else {
+        u128::MAX << (128 - bits)
+    }
+}
+
+impl Tables {
+    /// Builds the trie over routes whose root starts after `base_bits` common bits.
+    ///
+    /// Shorter prefixes are written first, so a longer one overwrites its part of the range.
+    pub(crate) fn build(prefixes: &mut [Prefix], base_bits: u32) -> Self {
+        if prefixes.is_empty() {
+            return Self::default();
+        }
+        prefixes.sort_by_key(|prefix| (prefix.len, prefix.addr));
+        let base = prefixes[0].addr & mask(base_bits);
+        let mut tables = Self {
+            base_bits,
+            base,
+            root: vec![0; ROOT_ENTRIES],
+            chunks: Vec::new(),
+        };
+        for prefix in prefixes.iter() {
+            tables.insert(prefix);
+        }
+        tables
+    }
+
+    fn insert(&mut self, prefix: &Prefix) {
+        let mut consumed = self.base_bits + 16;
+        let root_index = bits_at(prefix.addr, self.base_bits, 16);
+        if prefix.len <= consumed {
+            let span = 1usize << (consumed - prefix.len);
+            self.root[root_index..root_index + span].fill(prefix.leaf);
+            return;
+        }
+        let mut chunk = chunk_below(&mut self.root, root_index, &mut self.chunks);
+        loop {
+            let index = chunk * CHUNK_ENTRIES + bits_at(prefix.addr, consumed, 8);
+            consumed += 8;
+            if prefix.len <= consumed {
+                let span = 1usize << (consumed - prefix.len);
+                self.chunks[index..index + span].fill(prefix.leaf);
+                return;
+            }
+            chunk = child_of(&mut self.chunks, index);
+        }
+    }
+}
+
+/// `count` bits of `addr` after its first `start` bits.
+fn bits_at(addr: u128, start: u32, count: u32) -> usize {
+    let shifted = addr >> (128 - start - count);
+    (shifted & ((1 << count) - 1)) as usize
+}
+
+/// The chunk that `root[index]` points to, made (filled with the leaf that stood there) if there is none.
+fn chunk_below(root: &mut [u32], index: usize, chunks: &mut Vec<u32>) -> usize {
+    let (entry, chunk) = descend(root[index], chunks);
+    root[index] = entry;
+    chunk
+}
+
+/// The chunk that `chunks[index]` points to, made if there is none.
+fn child_of(chunks: &mut Vec<u32>, index: usize) -> usize {
+    let (entry, chunk) = descend(chunks[index], chunks);
+    chunks[index] = entry;
+    chunk
+}
+
+fn descend(entry: u32, chunks: &mut Vec<u32>) -> (u32, usize) {
+    if entry & CHUNK_FLAG != 0 {
+        return (entry, (entry & !CHUNK_FLAG) as usize);
+    }
+    let chunk = chunks.len() / CHUNK_ENTRIES;
+    chunks.resize(chunks.len() + CHUNK_ENTRIES, entry);
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the region holds fewer than 2^31 chunks"
+    )]
+    let number = chunk as u32;
+    (CHUNK_FLAG | number, chunk)
+}
+
+/// Entry `index` of a table that keeps two entries to a word; past its end there is no route.
+#[inline]
+fn entry(words: &[Word], index: usize) -> u32 {
+    let Some(word) = words.get(index >> 1) else {
+        return 0;
+    };
+    let shift = (index & 1) * 32;
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the upper half is shifted down where it is meant"
+    )]
+    let entry = (word.load(Ordering::Relaxed) >> shift) as u32;
+    entry
+}
+
+/// Finds the leaf of an IPv4 address.
+#[inline]
+pub(crate) fn lookup4(root: &[Word], chunks: &[Word], addr: u32) -> Hop {
+    let mut found = entry(root, (addr >> 16) as usize);
+    if found & CHUNK_FLAG != 0 {
+        found = entry(chunks, chunk_index(found, addr >> 8));
+        if found & CHUNK_FLAG != 0 {
+            found = entry(chunks, chunk_index(found, addr));
+        }
+    }
+    // A fourth level cannot exist; a damaged table that claims one reads as no route.
+    if found & CHUNK_FLAG != 0 {
+        Hop::None
+    } else {
+        Hop::from_leaf(found)
+    }
+}
+
+/// Finds the leaf of an IPv6 address.
+#[inline]
+pub(crate) fn lookup6(
+    base: u128,
+    base_bits: u32,
+    root: &[Word],
+    chunks: &[Word],
+    addr: u128,
+) -> Hop {
+    if (addr ^ base) & mask(base_bits) != 0 {
+        return Hop::None;
+    }
+    let mut consumed = base_bits + 16;
+    let mut found = entry(root, bits_at(addr, base_bits, 16));
+    while found & CHUNK_FLAG != 0 && consumed < 128 {
+        let index = (found & !CHUNK_FLAG) as usize * CHUNK_ENTRIES + bits_at(addr, consumed, 8);
+        found = entry(chunks, index);
+        consumed += 8;
+    }
+    if found & CHUNK_FLAG != 0 {
+        Hop::None
+    } else {
+        Hop::from_leaf(found)
+    }
+}
+
+/// Index of an entry in the chunk that `entry` points to; the chunk's bits are the low 8 of `bits`.
+#[inline]
+fn chunk_index(entry: u32, bits: u32) -> usize {
+    (entry & !CHUNK_FLAG) as usize * CHUNK_ENTRIES + (bits & 0xff) as usize
+}
