@@ -1,6 +1,6 @@
 //! Images against a dumb oracle: a sorted list of prefixes and a list of peers.
 
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 
 use proptest::prelude::*;
 use ripstop_fib::sync::words;
