@@ -1,1 +1,43 @@
-//! AF_XDP sockets.
+//! AF_XDP sockets: packets from and to a network queue through memory shared with the kernel.
+//!
+//! ```text
+//!                  ┌───────────────── Umem ─────────────────┐
+//!                  │ pool of free frames │ frames in memory │
+//!                  └──┬───────────▲──────────────▲──────────┘
+//!              refill │           │ give         │ reclaim
+//!   Receiver  ┌───────▼─────┐     │       ┌──────┴──────┐   Transmitter
+//!             │ fill     rx │   Frame     │ tx   compl. │
+//!             └───────┬───▲─┘  receive →  └──┬──────▲───┘
+//!                     ▼   │   your code      ▼      │
+//!   kernel  ══════════════╧═════ → send ════════════╧═══════ queue n of an interface
+//! ```
+//!
+//! The one idea: a [`Frame`] is a token that moves. Whoever holds it owns its bytes; sending it
+//! consumes it; there is no address to copy. Several sockets may share one [`Umem`], so what one
+//! received another transmits without a copy, and headers are pushed and popped by moving the
+//! packet's start within the frame.
+//!
+//! A worker owns its [`Umem`] and the halves of its sockets. All of them are `Send`, so they can be
+//! made in one thread and moved to another; none is meant for two threads at a time.
+//!
+//! The crate does not load or attach XDP programs: give [`SocketHandle::as_fd`] to whatever fills
+//! the XSKMAP.
+//!
+//! [`SocketHandle::as_fd`]: std::os::fd::AsFd::as_fd
+
+mod error;
+mod frame;
+mod mapping;
+mod ring;
+mod socket;
+mod sync;
+mod sys;
+mod umem;
+
+pub use error::Error;
+pub use frame::{FRAME_RESERVED, Frame, NoRoom};
+pub use socket::{
+    BusyPoll, Interface, Mode, ModeInUse, PACKET_FRAMES_MAX, Receiver, Socket, SocketHandle,
+    SocketOptions, Statistics, Transmitter,
+};
+pub use umem::{Census, ChecksumError, Memory, Umem, UmemOptions};
