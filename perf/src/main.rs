@@ -1,2 +1,145 @@
-//! The lab command line.
-fn main() {}
+//! `ripstop-perf`: the lab for a person to play with.
+
+#![expect(clippy::print_stdout, reason = "this is a command line")]
+
+use core::time::Duration;
+use std::os::unix::process::CommandExt;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+use ripstop_perf::{Lab, Node, NodeKind, wait_until};
+
+/// Ripstop's lab: a pod network in network namespaces.
+#[derive(Parser)]
+#[command(name = "ripstop-perf", version)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The lab of nodes, pods and an underlay switch.
+    #[command(subcommand)]
+    Lab(LabCommand),
+}
+
+#[derive(Subcommand)]
+enum LabCommand {
+    /// Bring a lab up and leave it running.
+    Up(Up),
+    /// End a lab's processes and remove all of it.
+    Down(Name),
+    /// Show a lab's topology with all addresses.
+    Show(Name),
+    /// Run a program on a node (n1), in a pod (n1p0), on the fabric or as the attacker.
+    Exec {
+        #[command(flatten)]
+        name: Name,
+        /// Where: n1, n1p0, fabric, attacker.
+        host: String,
+        /// What, after `--`.
+        #[arg(last = true, required = true)]
+        argv: Vec<String>,
+    },
+    /// Print the kernel state of each node and the end of each log.
+    Dump(Name),
+    /// List the labs that are up.
+    List,
+}
+
+#[derive(Args)]
+struct Name {
+    /// Name of the lab.
+    #[arg(long, default_value = "lab")]
+    name: String,
+}
+
+#[derive(Args)]
+struct Up {
+    #[command(flatten)]
+    name: Name,
+    /// Nodes that run Ripstop.
+    #[arg(long, default_value_t = 3)]
+    nodes: u8,
+    /// Further nodes that speak VXLAN with the Linux kernel alone.
+    #[arg(long, default_value_t = 0)]
+    linux: u8,
+    /// Pods on each node.
+    #[arg(long, default_value_t = 1)]
+    pods: u8,
+    /// MTU of the underlay.
+    #[arg(long, default_value_t = 1500)]
+    mtu: u16,
+    /// Queues of each node's eth0.
+    #[arg(long, default_value_t = 1)]
+    queues: u16,
+    /// Do not start the Ripstop processes.
+    #[arg(long)]
+    no_ripstop: bool,
+}
+
+fn main() -> Result<()> {
+    let Command::Lab(command) = CommandLine::parse().command;
+    match command {
+        LabCommand::Up(up) => bring_up(up),
+        LabCommand::Down(name) => Lab::open(&name.name)?.down(),
+        LabCommand::Show(name) => {
+            print!("{}", Lab::open(&name.name)?.picture());
+            Ok(())
+        }
+        LabCommand::Exec { name, host, argv } => exec(&name.name, &host, &argv),
+        LabCommand::Dump(name) => {
+            print!("{}", Lab::open(&name.name)?.dump());
+            Ok(())
+        }
+        LabCommand::List => {
+            Lab::names().iter().for_each(|name| println!("{name}"));
+            Ok(())
+        }
+    }
+}
+
+fn bring_up(up: Up) -> Result<()> {
+    let builder = Lab::builder()
+        .name(up.name.name)
+        .ripstop(up.nodes)
+        .linux(up.linux)
+        .pods(up.pods);
+    let lab = builder.mtu(up.mtu).queues(up.queues).up()?;
+    if !up.no_ripstop {
+        let nodes = || {
+            lab.nodes()
+                .iter()
+                .filter(|node| node.kind() == NodeKind::Ripstop)
+        };
+        for node in nodes() {
+            node.start_dataplane()?;
+            node.start_controlplane()?;
+        }
+        // One that finds something wrong says so and ends within moments.
+        let ended = |node: &&Node| !node.dataplane_is_running() || !node.controlplane_is_running();
+        let early_end = wait_until("a process has ended", Duration::from_millis(500), || {
+            nodes().any(|node| ended(&node))
+        });
+        if early_end.is_ok() {
+            bail!("a Ripstop process did not stay up:\n{}", lab.dump());
+        }
+    }
+    print!("{}", lab.picture());
+    println!();
+    let option = format!("--name {}", lab.name());
+    println!("try:  ripstop-perf lab exec {option} n1p0 -- ping -c 3 10.244.2.2");
+    println!("      ripstop-perf lab exec {option} n1 -- ip -d link show");
+    println!("end:  ripstop-perf lab down {option}");
+    lab.persist()
+}
+
+/// Becomes the program, so that terminals and signals work as they should.
+fn exec(lab: &str, host: &str, argv: &[String]) -> Result<()> {
+    let lab = Lab::open(lab)?;
+    let (program, arguments) = argv.split_first().context("nothing to run")?;
+    let mut command = lab.host(host)?.netns().command(program);
+    let error = command.args(arguments).exec();
+    Err(error).with_context(|| format!("run {program} in {host}"))
+}

@@ -1,0 +1,736 @@
+//! The lab itself: what is in it, how it comes up, how all of it goes away.
+//!
+//! ```text
+//!             fabric namespace: bridge br0 10.199.0.1/24, a port per node, one for the attacker
+//!        ┌────────────┴────────────┬──────────────────────────┐
+//!   node namespace            node namespace             attacker namespace
+//!   eth0 10.199.0.11          eth0 10.199.0.12           eth0 10.199.0.66
+//!   cni0 10.244.1.1/24        cni0 10.244.2.1/24
+//!        │                         │
+//!   pod namespace             pod namespace
+//!   eth0 10.244.1.2           eth0 10.244.2.2
+//! ```
+//!
+//! Every lab leaves a description in `/run/ripstop-lab/<name>.json`. While it names an owner, the
+//! lab belongs to that process; when the owner was killed before it could take the lab down, the
+//! next lab to come up does it. A lab without owner ([`Lab::persist`]) stays until someone opens
+//! it by name and takes it down.
+
+mod node;
+mod process;
+mod setup;
+
+use core::net::Ipv4Addr;
+use core::sync::atomic::{AtomicU32, Ordering};
+use core::time::Duration;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{self as this_process, Output};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+pub use node::{Lease, Leases, Node, NodeKind, Pod};
+
+use crate::address;
+use crate::counters::{KernelCounters, LinkCounters};
+use crate::frame::{Ethernet, Inner, Ipv4, Udp, Vxlan, VxlanFrame};
+use crate::netns::{self, Netns};
+use crate::sys;
+
+/// Where the descriptions of labs are.
+const STATE_DIR: &str = "/run/ripstop-lab";
+
+/// Anything in the lab that has a network namespace and an address: node, pod, fabric, attacker.
+pub trait Host: Sync {
+    /// The namespace.
+    fn netns(&self) -> &Netns;
+
+    /// The address under which the others know it.
+    fn address(&self) -> Ipv4Addr;
+
+    /// The short name, such as `n1` or `n1p0`.
+    fn name(&self) -> &str;
+
+    /// Runs a program inside to its end.
+    ///
+    /// # Errors
+    /// The program cannot be started. Its own failure is in the [`Output`].
+    fn exec(&self, argv: &[&str]) -> Result<Output> {
+        self.netns().exec(argv)
+    }
+
+    /// Runs a program inside to its end and returns what it printed; its failure is an error.
+    ///
+    /// # Errors
+    /// The program cannot be started, or it fails.
+    fn output(&self, argv: &[&str]) -> Result<String> {
+        self.netns().output(argv)
+    }
+
+    /// The kernel's protocol counters inside.
+    ///
+    /// # Errors
+    /// The namespace is gone.
+    fn kernel_counters(&self) -> Result<KernelCounters> {
+        self.netns().run(KernelCounters::read)?
+    }
+
+    /// The counters of one interface inside.
+    ///
+    /// # Errors
+    /// There is no such interface.
+    fn link_counters(&self, interface: &str) -> Result<LinkCounters> {
+        LinkCounters::from_ip_json(
+            &self.output(&["ip", "-s", "-j", "link", "show", "dev", interface])?,
+        )
+    }
+}
+
+/// The underlay: one switch between all nodes.
+#[derive(Debug)]
+pub struct Fabric {
+    netns: Netns,
+}
+
+impl Fabric {
+    /// The switch port that leads to a node. All that the node sends and gets passes here, also
+    /// what XDP takes away before the node's own packet sockets could see it.
+    #[must_use]
+    pub fn port(node: u8) -> String {
+        format!("n{node}")
+    }
+}
+
+impl Host for Fabric {
+    fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    fn address(&self) -> Ipv4Addr {
+        address::FABRIC
+    }
+
+    fn name(&self) -> &'static str {
+        "fabric"
+    }
+}
+
+/// Someone on the underlay who is nobody's peer.
+#[derive(Debug)]
+pub struct Attacker {
+    netns: Netns,
+}
+
+impl Host for Attacker {
+    fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    fn address(&self) -> Ipv4Addr {
+        address::ATTACKER
+    }
+
+    fn name(&self) -> &'static str {
+        "attacker"
+    }
+}
+
+/// What is written down about a lab: enough to rebuild every name in it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Description {
+    name: String,
+    owner: Option<process::Identity>,
+    dir: PathBuf,
+    mtu: u16,
+    queues: u16,
+    nodes: Vec<NodeKind>,
+    pods: u8,
+}
+
+impl Description {
+    fn path(name: &str) -> PathBuf {
+        Path::new(STATE_DIR).join(format!("{name}.json"))
+    }
+
+    fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{}", path.display()))
+    }
+
+    /// Claims the name: false when another lab has it. The file appears complete or not at all.
+    fn claim(&self) -> Result<bool> {
+        fs::create_dir_all(STATE_DIR).context(STATE_DIR)?;
+        let draft = self.draft()?;
+        let outcome = fs::hard_link(&draft, Self::path(&self.name));
+        fs::remove_file(&draft).with_context(|| format!("{}", draft.display()))?;
+        match outcome {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(error).with_context(|| format!("claim the lab name {}", self.name)),
+        }
+    }
+
+    fn replace(&self) -> Result<()> {
+        let draft = self.draft()?;
+        fs::rename(&draft, Self::path(&self.name))
+            .with_context(|| format!("describe lab {}", self.name))
+    }
+
+    fn draft(&self) -> Result<PathBuf> {
+        let draft = Path::new(STATE_DIR).join(format!(".{}.{}", self.name, this_process::id()));
+        let text = serde_json::to_string_pretty(self).context("describe the lab")?;
+        fs::write(&draft, text).with_context(|| format!("{}", draft.display()))?;
+        Ok(draft)
+    }
+}
+
+/// What a lab shall contain.
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct LabBuilder {
+    name: Option<String>,
+    nodes: Vec<NodeKind>,
+    pods: u8,
+    mtu: u16,
+    queues: u16,
+    dataplane: Value,
+}
+
+impl LabBuilder {
+    /// Adds nodes that run Ripstop (once their processes are started).
+    pub fn ripstop(mut self, count: u8) -> Self {
+        self.nodes.extend((0..count).map(|_| NodeKind::Ripstop));
+        self
+    }
+
+    /// Adds nodes that speak VXLAN with the Linux kernel alone.
+    pub fn linux(mut self, count: u8) -> Self {
+        self.nodes.extend((0..count).map(|_| NodeKind::PlainLinux));
+        self
+    }
+
+    /// Pods on each node; 1 unless said otherwise.
+    pub fn pods(mut self, count: u8) -> Self {
+        self.pods = count;
+        self
+    }
+
+    /// MTU of the underlay; pods have [`address::VXLAN_OVERHEAD`] less. 1500 unless said otherwise.
+    pub fn mtu(mut self, mtu: u16) -> Self {
+        self.mtu = mtu;
+        self
+    }
+
+    /// Receive and transmit queues of each node's `eth0`; 1 unless said otherwise.
+    pub fn queues(mut self, count: u16) -> Self {
+        self.queues = count;
+        self
+    }
+
+    /// A name of one's own; without, the lab invents one that is free.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Keys to add to (or change in) every data-plane configuration file.
+    pub fn dataplane_config(mut self, keys: Value) -> Self {
+        self.dataplane = keys;
+        self
+    }
+
+    /// Brings the lab up. No Ripstop process runs in it yet.
+    ///
+    /// # Errors
+    /// Not root, a name that is taken, more nodes or pods than addresses, or the kernel refuses
+    /// something; what was already there is taken down again.
+    pub fn up(self) -> Result<Lab> {
+        ensure!(
+            sys::is_root(),
+            "the lab makes network namespaces: run it as root"
+        );
+        ensure!(!self.nodes.is_empty(), "a lab needs at least one node");
+        ensure!(
+            self.nodes.len() <= address::NODES_MAX.into(),
+            "at most {} nodes",
+            address::NODES_MAX
+        );
+        ensure!(
+            self.pods <= address::PODS_MAX,
+            "at most {} pods on a node",
+            address::PODS_MAX
+        );
+        ensure!((1..=64).contains(&self.queues), "1 to 64 queues");
+        ensure!(
+            self.mtu >= 576 + address::VXLAN_OVERHEAD,
+            "MTU {} is too small for a pod network",
+            self.mtu
+        );
+        sweep();
+        let description = self.claim_name()?;
+        let lab = Lab::of(description);
+        lab.set_up(&self.dataplane)
+            .with_context(|| format!("bring up lab {}", lab.name()))?;
+        Ok(lab)
+    }
+
+    fn claim_name(&self) -> Result<Description> {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let mut description = Description {
+            name: String::new(),
+            owner: Some(process::Identity::of_this_process()?),
+            dir: PathBuf::new(),
+            mtu: self.mtu,
+            queues: self.queues,
+            nodes: self.nodes.clone(),
+            pods: self.pods,
+        };
+        for _attempt in 0..1000 {
+            description.name = match &self.name {
+                Some(name) => name.clone(),
+                None => format!(
+                    "{:x}-{}",
+                    this_process::id(),
+                    COUNTER.fetch_add(1, Ordering::Relaxed)
+                ),
+            };
+            check_name(&description.name)?;
+            description.dir =
+                std::env::temp_dir().join(format!("ripstop-lab-{}", description.name));
+            if description.claim()? {
+                return Ok(description);
+            }
+            if let Some(name) = &self.name {
+                bail!("lab {name:?} is already up (ripstop-perf lab down --name {name})");
+            }
+        }
+        bail!("no free lab name; see {STATE_DIR}");
+    }
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    ensure!(
+        (1..=24).contains(&name.len()) && name.chars().all(good) && !name.starts_with('-'),
+        "lab name {name:?}: use 1 to 24 of a-z, 0-9 and -, not starting with -"
+    );
+    Ok(())
+}
+
+/// Takes down the labs whose owner was killed before it could. A lab that cannot be read or taken
+/// down is none of the caller's business.
+fn sweep() {
+    let Ok(entries) = fs::read_dir(STATE_DIR) else {
+        return;
+    };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if path.extension().is_none_or(|extension| extension != "json") {
+            continue;
+        }
+        let Ok(description) = Description::read(&path) else {
+            continue;
+        };
+        if description
+            .owner
+            .as_ref()
+            .is_some_and(|owner| !owner.is_alive())
+        {
+            drop(Lab::of(description));
+        }
+    }
+}
+
+/// A pod network in network namespaces. Dropping it ends its processes, deletes its namespaces
+/// and removes its files; with a panic under way it first prints what its processes logged.
+#[derive(Debug)]
+pub struct Lab {
+    description: Description,
+    fabric: Fabric,
+    attacker: Attacker,
+    nodes: Vec<Node>,
+    keep: bool,
+}
+
+impl Lab {
+    /// Starts to describe a lab.
+    pub fn builder() -> LabBuilder {
+        LabBuilder {
+            name: None,
+            nodes: Vec::new(),
+            pods: 1,
+            mtu: 1500,
+            queues: 1,
+            dataplane: Value::Object(serde_json::Map::new()),
+        }
+    }
+
+    /// Opens a lab that was left behind by [`Lab::persist`]. Dropping what this returns leaves the
+    /// lab up; [`Lab::down`] takes it down.
+    ///
+    /// # Errors
+    /// There is no such lab.
+    pub fn open(name: &str) -> Result<Self> {
+        check_name(name)?;
+        let path = Description::path(name);
+        ensure!(
+            path.exists(),
+            "there is no lab {name:?}; up are: {}",
+            Self::names().join(", ")
+        );
+        let mut lab = Self::of(Description::read(&path)?);
+        lab.keep = true;
+        for node in &lab.nodes {
+            node.adopt_processes();
+        }
+        Ok(lab)
+    }
+
+    /// The names of all labs that are up on this machine.
+    #[must_use]
+    pub fn names() -> Vec<String> {
+        let entries = fs::read_dir(STATE_DIR).into_iter().flatten().flatten();
+        let mut names: Vec<String> = entries
+            .filter_map(|entry| {
+                entry
+                    .file_name()
+                    .to_str()?
+                    .strip_suffix(".json")
+                    .map(str::to_owned)
+            })
+            .filter(|name| check_name(name).is_ok())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Leaves the lab up, processes and all, when this value is dropped and when this process ends.
+    ///
+    /// # Errors
+    /// The lab's description cannot be written; the lab still belongs to this process then.
+    pub fn persist(mut self) -> Result<()> {
+        self.description.owner = None;
+        self.description.replace()?;
+        self.keep = true;
+        Ok(())
+    }
+
+    /// Takes the lab down, and says what went wrong with that.
+    ///
+    /// # Errors
+    /// A namespace or a file could not be removed.
+    pub fn down(mut self) -> Result<()> {
+        self.keep = true;
+        self.take_down()
+    }
+
+    fn of(description: Description) -> Self {
+        let namespace = |host: &str| Netns::named(format!("rs-{}-{host}", description.name));
+        let nodes = (1..)
+            .zip(&description.nodes)
+            .map(|(index, kind)| {
+                let pods = (0..description.pods)
+                    .map(|pod| Pod::new(index, pod, namespace(&Pod::name_of(index, pod))));
+                let netns = namespace(&Node::name_of(index));
+                Node::new(
+                    index,
+                    *kind,
+                    netns,
+                    &description.dir,
+                    description.queues,
+                    pods.collect(),
+                )
+            })
+            .collect();
+        Self {
+            fabric: Fabric {
+                netns: namespace("fabric"),
+            },
+            attacker: Attacker {
+                netns: namespace("attacker"),
+            },
+            nodes,
+            keep: false,
+            description,
+        }
+    }
+
+    /// The lab's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.description.name
+    }
+
+    /// The directory of all the lab's files.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.description.dir
+    }
+
+    /// MTU of the underlay.
+    #[must_use]
+    pub fn mtu(&self) -> u16 {
+        self.description.mtu
+    }
+
+    /// MTU of the pods.
+    #[must_use]
+    pub fn pod_mtu(&self) -> u16 {
+        self.description.mtu - address::VXLAN_OVERHEAD
+    }
+
+    /// The underlay switch.
+    #[must_use]
+    pub fn fabric(&self) -> &Fabric {
+        &self.fabric
+    }
+
+    /// The attacker on the underlay.
+    #[must_use]
+    pub fn attacker(&self) -> &Attacker {
+        &self.attacker
+    }
+
+    /// All nodes, in order.
+    #[must_use]
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// A node; they count from 1, as in their addresses.
+    ///
+    /// # Panics
+    /// There is no such node.
+    #[must_use]
+    pub fn node(&self, index: u8) -> &Node {
+        let node = self.nodes.iter().find(|node| node.index() == index);
+        node.unwrap_or_else(|| panic!("the lab has {} nodes and no node {index}", self.nodes.len()))
+    }
+
+    /// A pod of a node; pods count from 0.
+    ///
+    /// # Panics
+    /// There is no such node or pod.
+    #[must_use]
+    pub fn pod(&self, node: u8, pod: u8) -> &Pod {
+        self.node(node).pod(pod)
+    }
+
+    /// Everything with a namespace: fabric, attacker, nodes, pods.
+    #[must_use]
+    pub fn hosts(&self) -> Vec<&dyn Host> {
+        let mut hosts: Vec<&dyn Host> = vec![&self.fabric, &self.attacker];
+        for node in &self.nodes {
+            hosts.push(node);
+            hosts.extend(node.pods().iter().map(|pod| pod as &dyn Host));
+        }
+        hosts
+    }
+
+    /// A host by its short name: `n1`, `n1p0`, `fabric`, `attacker`.
+    ///
+    /// # Errors
+    /// There is no such host; the error lists those there are.
+    pub fn host(&self, name: &str) -> Result<&dyn Host> {
+        let hosts = self.hosts();
+        let Some(host) = hosts.iter().find(|host| host.name() == name) else {
+            let names: Vec<&str> = hosts.iter().map(|host| host.name()).collect();
+            bail!(
+                "no {name:?} in lab {}; there are {}",
+                self.name(),
+                names.join(", ")
+            );
+        };
+        Ok(*host)
+    }
+
+    /// Pairs of pods on different nodes, both ways: the first pod of each node.
+    #[must_use]
+    pub fn pod_pairs(&self) -> Vec<(&Pod, &Pod)> {
+        let mut pairs = Vec::new();
+        for from in &self.nodes {
+            for to in self.nodes.iter().filter(|to| to.index() != from.index()) {
+                if let (Some(from), Some(to)) = (from.pods().first(), to.pods().first()) {
+                    pairs.push((from, to));
+                }
+            }
+        }
+        pairs
+    }
+
+    /// The lease file that all nodes read unless they were given one of their own.
+    #[must_use]
+    pub fn lease_file(&self) -> PathBuf {
+        self.description.dir.join("leases.json")
+    }
+
+    /// The leases of all nodes of this lab.
+    #[must_use]
+    pub fn leases(&self) -> Leases {
+        Leases {
+            leases: self
+                .nodes
+                .iter()
+                .map(|node| Lease::of_node(node.index()))
+                .collect(),
+        }
+    }
+
+    /// Replaces the shared lease file at once.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write_leases(&self, leases: &Leases) -> Result<()> {
+        leases.write(&self.lease_file())
+    }
+
+    /// A tunnel packet as node `from` would send it to node `to`: a UDP datagram between their
+    /// first pods, correct in every field. Tests change what they want wrong.
+    #[must_use]
+    pub fn tunnel_frame(&self, from: u8, to: u8) -> VxlanFrame {
+        VxlanFrame {
+            ethernet: Ethernet::ipv4(address::underlay_mac(from), address::underlay_mac(to)),
+            ip: Ipv4::udp(address::underlay(from), address::underlay(to)),
+            udp: Udp::ports(49_152, address::VXLAN_PORT),
+            vxlan: Vxlan::vni(address::VNI),
+            inner_ethernet: Ethernet::ipv4(address::vtep_mac(from), address::vtep_mac(to)),
+            inner: Inner::Udp {
+                ip: Ipv4 {
+                    ttl: 63,
+                    ..Ipv4::udp(address::pod(from, 0), address::pod(to, 0))
+                },
+                udp: Udp::ports(4000, 4001),
+                payload: b"ripstop".to_vec(),
+            },
+            truncate_to: None,
+        }
+    }
+
+    /// The topology as text, with every address.
+    #[must_use]
+    pub fn picture(&self) -> String {
+        let mut text = String::new();
+        let mtu = self.mtu();
+        let mut line = |line: String| {
+            text.push_str(&line);
+            text.push('\n');
+        };
+        line(format!("lab {} in {}", self.name(), self.dir().display()));
+        line(String::new());
+        line(format!(
+            "fabric  br0 {}/24, MTU {mtu}  (the switch)",
+            address::FABRIC
+        ));
+        line(format!(
+            "├─ attacker  eth0 {} {}",
+            address::ATTACKER,
+            address::ATTACKER_MAC
+        ));
+        for (position, node) in self.nodes.iter().enumerate() {
+            let last = position + 1 == self.nodes.len();
+            let (branch, trunk) = if last {
+                ("└─", "   ")
+            } else {
+                ("├─", "│  ")
+            };
+            let index = node.index();
+            let (ip, mac) = (address::underlay(index), address::underlay_mac(index));
+            line(format!(
+                "{branch} {}  {}  eth0 {ip} {mac}",
+                node.name(),
+                node.kind().explain()
+            ));
+            line(format!(
+                "{trunk}     VTEP {}  lease {}",
+                address::vtep_mac(index),
+                address::subnet_prefix(index)
+            ));
+            if node.kind() == NodeKind::Ripstop {
+                line(format!("{trunk}     {}", node.process_summary()));
+            }
+            line(format!(
+                "{trunk}     cni0 {}/24, MTU {}",
+                address::gateway(index),
+                self.pod_mtu()
+            ));
+            for pod in node.pods() {
+                line(format!(
+                    "{trunk}     └─ {}  eth0 {} {}",
+                    pod.name(),
+                    pod.address(),
+                    pod.mac()
+                ));
+            }
+        }
+        text
+    }
+
+    /// What one wants to see when a test failed: the kernel state of each node and the end of each log.
+    #[must_use]
+    pub fn dump(&self) -> String {
+        let mut text = self.picture();
+        for node in &self.nodes {
+            text.push_str(&node.dump());
+        }
+        text
+    }
+
+    fn take_down(&self) -> Result<()> {
+        for node in &self.nodes {
+            node.kill_dataplane();
+            node.kill_controlplane();
+        }
+        let hosts = self.hosts();
+        let namespaces: Vec<&Netns> = hosts.iter().map(|host| host.netns()).collect();
+        netns::delete(&namespaces)?;
+        match fs::remove_dir_all(self.dir()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("remove {}", self.dir().display()));
+            }
+            Ok(()) | Err(_) => {}
+        }
+        let description = Description::path(self.name());
+        fs::remove_file(&description).with_context(|| format!("remove {}", description.display()))
+    }
+}
+
+impl Drop for Lab {
+    #[expect(
+        clippy::print_stderr,
+        reason = "a drop has nobody to return an error to"
+    )]
+    fn drop(&mut self) {
+        if self.keep {
+            self.nodes.iter().for_each(Node::release_processes);
+            return;
+        }
+        if thread::panicking() {
+            eprintln!("{}", self.dump());
+        }
+        if let Err(error) = self.take_down() {
+            eprintln!("taking down lab {}: {error:#}", self.name());
+        }
+    }
+}
+
+/// Waits until a condition holds, looking every few milliseconds.
+///
+/// # Errors
+/// It did not hold within the time; the error names it.
+pub fn wait_until(what: &str, within: Duration, mut condition: impl FnMut() -> bool) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        if condition() {
+            return Ok(());
+        }
+        ensure!(
+            start.elapsed() < within,
+            "after {within:?} still not: {what}"
+        );
+        thread::sleep(Duration::from_millis(5));
+    }
+}
