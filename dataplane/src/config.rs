@@ -1,0 +1,1193 @@
+//! Configuration of the workers: one JSON file per NIC queue in one directory.
+//!
+//! Three steps, each a plain function. [`load_dir`] turns files into checked
+//! values and knows nothing of the machine. [`HostFacts::read`] asks the
+//! machine. [`check_host`] holds one against the other. Each collects every
+//! error that it can find, so that all are mended in one go; nothing has been
+//! opened, allocated or attached by then.
+//!
+//! The raw types mirror the file. The checked types cannot hold a ring size
+//! that is not a power of two, or a UMEM that is too small for its rings.
+
+use core::fmt;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::nic::{Nic, NicError};
+
+/// One worker: one NIC queue, one core, one UMEM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WorkerConfig {
+    /// File that this came from.
+    pub file: PathBuf,
+    /// NIC's name.
+    pub nic: String,
+    /// Receive queue of the NIC.
+    pub queue: u32,
+    /// CPU to pin the worker to.
+    pub cpu: u32,
+    /// How frames get from the NIC into the UMEM.
+    pub mode: Mode,
+    /// Sizes of the four rings.
+    pub rings: Rings,
+    /// The frames.
+    pub umem: Umem,
+    /// Frames handled in one go.
+    pub burst: Burst,
+    /// What the worker does when there is nothing to do.
+    pub polling: Polling,
+    /// The worker's way into the host.
+    pub host_door: HostDoor,
+    /// Poll the NIC from the worker's own system calls, if set.
+    pub busy_poll: Option<BusyPoll>,
+}
+
+/// How frames get from the NIC into the UMEM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// The best that the driver can do: zero-copy, else copy, else generic.
+    #[default]
+    Auto,
+    /// The NIC writes into the UMEM; an error if the driver cannot.
+    ZeroCopy,
+    /// Native XDP, one copy.
+    Copy,
+    /// XDP behind the driver: works everywhere, slowest.
+    Generic,
+}
+
+/// What a worker does when there is nothing to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Polling {
+    /// Spin: lowest latency, takes the whole core always.
+    Busy,
+    /// Spin for a while, then sleep until a packet comes.
+    #[default]
+    Adaptive,
+}
+
+/// A worker's way into the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HostDoor {
+    /// A queue of the TUN device `rip0`.
+    #[default]
+    Tun,
+}
+
+/// Number of entries of a ring: a power of two from 64 to 32768.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingSize(u32);
+
+impl RingSize {
+    /// Smallest ring.
+    pub const MIN: u32 = 64;
+    /// Largest ring.
+    pub const MAX: u32 = 32768;
+
+    /// Checks `entries`.
+    pub const fn new(entries: u32) -> Option<Self> {
+        if entries.is_power_of_two() && entries >= Self::MIN && entries <= Self::MAX {
+            Some(Self(entries))
+        } else {
+            None
+        }
+    }
+
+    /// Number of entries.
+    pub const fn entries(self) -> u32 {
+        self.0
+    }
+}
+
+/// Sizes of a socket's four rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rings {
+    /// Received frames.
+    pub rx: RingSize,
+    /// Frames to transmit.
+    pub tx: RingSize,
+    /// Empty frames for the NIC to fill.
+    pub fill: RingSize,
+    /// Transmitted frames.
+    pub completion: RingSize,
+}
+
+impl Rings {
+    fn entries(&self) -> u32 {
+        [self.rx, self.tx, self.fill, self.completion]
+            .map(RingSize::entries)
+            .iter()
+            .sum()
+    }
+}
+
+/// Frames handled in one go: 1 to 256.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Burst(u32);
+
+impl Burst {
+    /// Largest burst.
+    pub const MAX: u32 = 256;
+
+    /// Checks `frames`.
+    pub const fn new(frames: u32) -> Option<Self> {
+        if frames >= 1 && frames <= Self::MAX {
+            Some(Self(frames))
+        } else {
+            None
+        }
+    }
+
+    /// Number of frames.
+    pub const fn frames(self) -> u32 {
+        self.0
+    }
+}
+
+/// Size of a UMEM frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrameSize {
+    /// 2048 bytes.
+    Bytes2048,
+    /// 4096 bytes.
+    Bytes4096,
+}
+
+impl FrameSize {
+    /// What the kernel keeps free ahead of each packet (XDP_PACKET_HEADROOM).
+    pub const HEADROOM: u32 = 256;
+
+    const fn new(bytes: u32) -> Option<Self> {
+        match bytes {
+            2048 => Some(Self::Bytes2048),
+            4096 => Some(Self::Bytes4096),
+            _ => None,
+        }
+    }
+
+    /// The whole frame.
+    pub const fn bytes(self) -> u32 {
+        match self {
+            Self::Bytes2048 => 2048,
+            Self::Bytes4096 => 4096,
+        }
+    }
+
+    /// Longest packet, with its Ethernet header, that is received into it
+    /// when no headroom is asked for beyond the kernel's own.
+    pub const fn packet_bytes_max(self) -> u32 {
+        self.bytes() - Self::HEADROOM
+    }
+}
+
+/// The memory that frames live in, large enough for its worker's rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Umem {
+    frames: u32,
+    frame_size: FrameSize,
+    huge_pages: bool,
+}
+
+impl Umem {
+    /// Largest number of frames: 4 GiB of the larger ones.
+    pub const FRAMES_MAX: u32 = 1 << 20;
+    const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
+    /// Fewest frames with which no ring can starve another: all four rings
+    /// full, and a burst in hand from either side.
+    pub fn frames_min(rings: &Rings, burst: Burst) -> u32 {
+        rings.entries() + 2 * burst.frames()
+    }
+
+    /// Number of frames.
+    pub const fn frames(&self) -> u32 {
+        self.frames
+    }
+
+    /// Size of a frame.
+    pub const fn frame_size(&self) -> FrameSize {
+        self.frame_size
+    }
+
+    /// Whether it lies on 2 MiB pages.
+    pub const fn huge_pages(&self) -> bool {
+        self.huge_pages
+    }
+
+    /// Memory that it takes: whole pages.
+    pub const fn bytes(&self) -> u64 {
+        let bytes = self.frames as u64 * self.frame_size.bytes() as u64;
+        let page = if self.huge_pages {
+            Self::HUGE_PAGE_BYTES
+        } else {
+            4096
+        };
+        bytes.next_multiple_of(page)
+    }
+}
+
+/// Polling the NIC from the worker's own system calls (SO_PREFER_BUSY_POLL).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BusyPoll {
+    /// How long one call may poll (SO_BUSY_POLL).
+    pub microseconds: u32,
+    /// Packets in one call (SO_BUSY_POLL_BUDGET).
+    pub budget: u16,
+}
+
+/// Something wrong with the configuration, or with the host for it.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The directory cannot be listed.
+    #[error("{}: cannot list the configuration directory: {source}", .path.display())]
+    Directory {
+        /// Directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is no file in the directory.
+    #[error("{}: no *.json file: write one per NIC queue, such as eth0-q0.json with {{\"nic\": \"eth0\", \"queue\": 0, \"cpu\": 1}}", .path.display())]
+    Empty {
+        /// Directory.
+        path: PathBuf,
+    },
+    /// A file cannot be read.
+    #[error("{}: cannot read: {source}", .file.display())]
+    Read {
+        /// File.
+        file: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file is not JSON.
+    #[error("{}: not JSON: {source}: correct it there (half-written? write to another name, then rename)", .file.display())]
+    Syntax {
+        /// File.
+        file: PathBuf,
+        /// What the parser says, with line and column.
+        source: serde_json::Error,
+    },
+    /// A key is unknown, missing, double, or of the wrong type.
+    #[error("{}: {source}: correct it there (configs/dataplane/README.md lists the keys)", .file.display())]
+    Key {
+        /// File.
+        file: PathBuf,
+        /// What the parser says, with line and column.
+        source: serde_json::Error,
+    },
+    /// Not the name of a NIC.
+    #[error("{}: nic: {nic:?} cannot be the name of a NIC: 1 to 15 bytes without space or slash", .file.display())]
+    NicName {
+        /// File.
+        file: PathBuf,
+        /// The value.
+        nic: String,
+    },
+    /// A ring size is not a power of two or out of range.
+    #[error("{}: rings.{ring}: {entries} is not a power of two from 64 to 32768: use {nearest}", .file.display())]
+    RingSize {
+        /// File.
+        file: PathBuf,
+        /// Key under `rings`.
+        ring: &'static str,
+        /// The value.
+        entries: u32,
+        /// The next allowed value.
+        nearest: u32,
+    },
+    /// The burst is out of range.
+    #[error("{}: burst: {burst} is not from 1 to 256: 64 suits most", .file.display())]
+    Burst {
+        /// File.
+        file: PathBuf,
+        /// The value.
+        burst: u32,
+    },
+    /// The frame size is not one that the kernel takes.
+    #[error("{}: umem.frameSize: {bytes} is neither 2048 nor 4096: use 4096", .file.display())]
+    FrameSize {
+        /// File.
+        file: PathBuf,
+        /// The value.
+        bytes: u32,
+    },
+    /// The UMEM cannot fill the rings.
+    #[error("{}: umem.frames: {frames} is fewer than the {min} that the rings and two bursts hold: use {min} or more, or leave the key out", .file.display())]
+    UmemTooSmall {
+        /// File.
+        file: PathBuf,
+        /// The value.
+        frames: u32,
+        /// The fewest that are enough.
+        min: u32,
+    },
+    /// The UMEM is absurdly large.
+    #[error("{}: umem.frames: {frames} is more than {}: use fewer, or leave the key out", .file.display(), Umem::FRAMES_MAX)]
+    UmemTooLarge {
+        /// File.
+        file: PathBuf,
+        /// The value.
+        frames: u32,
+    },
+    /// A busy-poll value is out of range.
+    #[error("{}: busyPoll.{key}: {value} is not from 1 to {max}: use {typical}, or leave busyPoll out", .file.display())]
+    BusyPoll {
+        /// File.
+        file: PathBuf,
+        /// Key under `busyPoll`.
+        key: &'static str,
+        /// The value.
+        value: u32,
+        /// The largest that the kernel takes.
+        max: u32,
+        /// A usual value.
+        typical: u32,
+    },
+    /// Two files are about one queue.
+    #[error("{} and {}: both are for NIC {nic} queue {queue}: remove one or change its queue", .first.display(), .second.display())]
+    DuplicateQueue {
+        /// One file.
+        first: PathBuf,
+        /// The other file.
+        second: PathBuf,
+        /// NIC of both.
+        nic: String,
+        /// Queue of both.
+        queue: u32,
+    },
+    /// There is no such NIC.
+    #[error("{}: nic: {nic} does not exist in this network namespace: use one of {}", .file.display(), .existing.join(", "))]
+    UnknownNic {
+        /// File.
+        file: PathBuf,
+        /// The value.
+        nic: String,
+        /// NICs that exist.
+        existing: Vec<String>,
+    },
+    /// The NIC is down.
+    #[error("{}: nic: {nic} is down: ip link set dev {nic} up", .file.display())]
+    NicDown {
+        /// File.
+        file: PathBuf,
+        /// NIC.
+        nic: String,
+    },
+    /// The NIC has fewer queues.
+    #[error("{}: queue: NIC {nic} has {queues} receive queue(s), numbered from 0, and no queue {queue}: correct the number, or raise the count with ethtool -L {nic}", .file.display())]
+    QueueBeyondNic {
+        /// File.
+        file: PathBuf,
+        /// NIC.
+        nic: String,
+        /// The value.
+        queue: u32,
+        /// Receive queues that the NIC uses.
+        queues: u32,
+    },
+    /// The process may not run on this CPU.
+    #[error("{}: cpu: this process may not run on CPU {cpu}, only on {allowed}: use one of these, or widen its cpuset", .file.display())]
+    CpuNotAllowed {
+        /// File.
+        file: PathBuf,
+        /// The value.
+        cpu: u32,
+        /// CPUs allowed, as ranges.
+        allowed: String,
+    },
+    /// This driver corrupts frames of this size.
+    #[error("{}: umem.frameSize: with 2048, zero-copy of driver {driver} (NIC {nic}) cuts packets over 1024 bytes in two: use 4096, or mode \"copy\"", .file.display())]
+    FrameSizeOfDriver {
+        /// File.
+        file: PathBuf,
+        /// NIC.
+        nic: String,
+        /// Its driver.
+        driver: String,
+    },
+    /// The kernel will not let the process pin so much memory.
+    #[error("the frames of all workers take {need} bytes of locked memory and the limit is {limit}: grant CAP_IPC_LOCK, raise the limit (LimitMEMLOCK={need} in systemd, ulimit -l {} in a shell), or lower umem.frames", need.div_ceil(1024))]
+    LockedMemory {
+        /// Bytes that all workers take together.
+        need: u64,
+        /// RLIMIT_MEMLOCK in bytes.
+        limit: u64,
+    },
+    /// Not enough huge pages are free.
+    #[error("the workers with hugePages take {need} huge pages of 2 MiB and {free} are free: echo {} > /proc/sys/vm/nr_hugepages adds them, or set hugePages to false", total + need - free)]
+    HugePages {
+        /// Pages that the workers take together.
+        need: u64,
+        /// Pages that are free.
+        free: u64,
+        /// Pages that exist, free or not.
+        total: u64,
+    },
+    /// The process may not do what workers do.
+    #[error(
+        "this process lacks {missing}: run it as root or grant them (setcap, AmbientCapabilities=, securityContext)"
+    )]
+    Capabilities {
+        /// What is missing, and for what.
+        missing: String,
+    },
+}
+
+/// Everything that is wrong, at least one thing.
+#[derive(Debug)]
+pub struct ConfigErrors(Vec<ConfigError>);
+
+impl ConfigErrors {
+    /// The errors, in the order of the files.
+    pub fn errors(&self) -> &[ConfigError] {
+        &self.0
+    }
+
+    /// `value`, unless there were errors.
+    fn unless<T>(errors: Vec<ConfigError>, value: T) -> Result<T, Self> {
+        if errors.is_empty() {
+            Ok(value)
+        } else {
+            Err(Self(errors))
+        }
+    }
+}
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (position, error) in self.0.iter().enumerate() {
+            if position > 0 {
+                f.write_str("\n")?;
+            }
+            error.fmt(f)?;
+        }
+        Ok(())
+    }
+}
+
+impl core::error::Error for ConfigErrors {}
+
+/// Something that works, but perhaps not as meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConfigWarning {
+    /// Several workers share a CPU.
+    SharedCpu {
+        /// CPU.
+        cpu: u32,
+        /// How many workers.
+        workers: usize,
+        /// Whether one of them never sleeps.
+        busy: bool,
+    },
+    /// Some receive queues have no worker.
+    UncoveredQueues {
+        /// NIC.
+        nic: String,
+        /// Queues without a worker.
+        queues: Vec<u32>,
+    },
+    /// The NIC's longest packets do not fit a frame.
+    LongPackets {
+        /// File.
+        file: PathBuf,
+        /// NIC.
+        nic: String,
+        /// Its MTU.
+        mtu: u32,
+        /// Longest Ethernet frame that fits.
+        packet_bytes_max: u32,
+    },
+}
+
+impl fmt::Display for ConfigWarning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SharedCpu { cpu, workers, busy } => {
+                write!(f, "{workers} workers share CPU {cpu}")?;
+                if *busy {
+                    f.write_str(
+                        ", and at least one never sleeps: set its polling to \"adaptive\"",
+                    )?;
+                }
+                Ok(())
+            }
+            Self::UncoveredQueues { nic, queues } => write!(
+                f,
+                "NIC {nic}: queues {queues:?} have no worker; the kernel carries their tunnel packets"
+            ),
+            Self::LongPackets {
+                file,
+                nic,
+                mtu,
+                packet_bytes_max,
+            } => write!(
+                f,
+                "{}: NIC {nic} has MTU {mtu}; the kernel carries packets over {packet_bytes_max} bytes, for which umem.frameSize has no room",
+                file.display()
+            ),
+        }
+    }
+}
+
+/// The file as it stands.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RawWorker {
+    nic: String,
+    queue: u32,
+    cpu: u32,
+    #[serde(default)]
+    mode: Mode,
+    #[serde(default)]
+    rings: RawRings,
+    #[serde(default)]
+    umem: RawUmem,
+    #[serde(default)]
+    huge_pages: bool,
+    #[serde(default = "default_burst")]
+    burst: u32,
+    #[serde(default)]
+    polling: Polling,
+    #[serde(default)]
+    host_door: RawHostDoor,
+    busy_poll: Option<RawBusyPoll>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+struct RawRings {
+    rx: u32,
+    tx: u32,
+    fill: u32,
+    completion: u32,
+}
+
+impl Default for RawRings {
+    /// Fill is larger by one receive ring: a zero-copy driver takes a whole
+    /// ring of frames as soon as the socket is bound.
+    fn default() -> Self {
+        Self {
+            rx: 2048,
+            tx: 2048,
+            fill: 4096,
+            completion: 2048,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
+struct RawUmem {
+    frames: Option<u32>,
+    frame_size: u32,
+}
+
+impl Default for RawUmem {
+    fn default() -> Self {
+        Self {
+            frames: None,
+            frame_size: 4096,
+        }
+    }
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawHostDoor {
+    kind: RawHostDoorKind,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RawHostDoorKind {
+    #[default]
+    Tun,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawBusyPoll {
+    microseconds: u32,
+    budget: u32,
+}
+
+const fn default_burst() -> u32 {
+    64
+}
+
+/// Reads every `*.json` file of `directory`, in the order of their names.
+/// Hidden files are editors' and are left out.
+pub fn load_dir(directory: &Path) -> Result<Vec<WorkerConfig>, ConfigErrors> {
+    let files = list(directory).map_err(|source| {
+        ConfigErrors(vec![ConfigError::Directory {
+            path: directory.to_owned(),
+            source,
+        }])
+    })?;
+    let mut workers: Vec<WorkerConfig> = Vec::new();
+    let mut errors = Vec::new();
+    if files.is_empty() {
+        errors.push(ConfigError::Empty {
+            path: directory.to_owned(),
+        });
+    }
+    for file in files {
+        let parsed = match fs::read_to_string(&file) {
+            Ok(text) => WorkerConfig::parse(&file, &text),
+            Err(source) => Err(ConfigErrors(vec![ConfigError::Read { file, source }])),
+        };
+        match parsed {
+            Ok(worker) => {
+                let same = |other: &&WorkerConfig| {
+                    (&other.nic, other.queue) == (&worker.nic, worker.queue)
+                };
+                if let Some(first) = workers.iter().find(same) {
+                    errors.push(ConfigError::DuplicateQueue {
+                        first: first.file.clone(),
+                        second: worker.file.clone(),
+                        nic: worker.nic.clone(),
+                        queue: worker.queue,
+                    });
+                }
+                workers.push(worker);
+            }
+            Err(found) => errors.extend(found.0),
+        }
+    }
+    ConfigErrors::unless(errors, workers)
+}
+
+fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let hidden = path
+            .file_name()
+            .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !hidden
+            && path
+                .extension()
+                .is_some_and(|extension| extension == "json")
+        {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+impl WorkerConfig {
+    /// Checks the text of one file; `file` is its name in errors.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigErrors> {
+        let raw = serde_json::from_str(text).map_err(|source| {
+            let file = file.to_owned();
+            ConfigErrors(vec![if source.is_data() {
+                ConfigError::Key { file, source }
+            } else {
+                ConfigError::Syntax { file, source }
+            }])
+        })?;
+        Self::check(file, raw)
+    }
+
+    fn check(file: &Path, raw: RawWorker) -> Result<Self, ConfigErrors> {
+        let mut errors = Vec::new();
+        let name_fits = (1..=15).contains(&raw.nic.len())
+            && raw
+                .nic
+                .chars()
+                .all(|c| c != '/' && !c.is_whitespace() && !c.is_control());
+        if !name_fits {
+            errors.push(ConfigError::NicName {
+                file: file.to_owned(),
+                nic: raw.nic.clone(),
+            });
+        }
+        let rings = check_rings(file, &raw.rings, &mut errors);
+        let burst = Burst::new(raw.burst);
+        if burst.is_none() {
+            errors.push(ConfigError::Burst {
+                file: file.to_owned(),
+                burst: raw.burst,
+            });
+        }
+        let frame_size = FrameSize::new(raw.umem.frame_size);
+        if frame_size.is_none() {
+            errors.push(ConfigError::FrameSize {
+                file: file.to_owned(),
+                bytes: raw.umem.frame_size,
+            });
+        }
+        let busy_poll = raw
+            .busy_poll
+            .and_then(|raw| check_busy_poll(file, &raw, &mut errors));
+        // What depends on several values is checked once each of them is good.
+        let (Some(rings), Some(burst), Some(frame_size)) = (rings, burst, frame_size) else {
+            return Err(ConfigErrors(errors));
+        };
+        let min = Umem::frames_min(&rings, burst);
+        let frames = raw.umem.frames.unwrap_or(min);
+        if frames < min {
+            errors.push(ConfigError::UmemTooSmall {
+                file: file.to_owned(),
+                frames,
+                min,
+            });
+        }
+        if frames > Umem::FRAMES_MAX {
+            errors.push(ConfigError::UmemTooLarge {
+                file: file.to_owned(),
+                frames,
+            });
+        }
+        let worker = Self {
+            file: file.to_owned(),
+            nic: raw.nic,
+            queue: raw.queue,
+            cpu: raw.cpu,
+            mode: raw.mode,
+            rings,
+            umem: Umem {
+                frames,
+                frame_size,
+                huge_pages: raw.huge_pages,
+            },
+            burst,
+            polling: raw.polling,
+            host_door: match raw.host_door.kind {
+                RawHostDoorKind::Tun => HostDoor::Tun,
+            },
+            busy_poll,
+        };
+        ConfigErrors::unless(errors, worker)
+    }
+}
+
+fn check_rings(file: &Path, raw: &RawRings, errors: &mut Vec<ConfigError>) -> Option<Rings> {
+    let mut check = |ring, entries: u32| {
+        let size = RingSize::new(entries);
+        if size.is_none() {
+            errors.push(ConfigError::RingSize {
+                file: file.to_owned(),
+                ring,
+                entries,
+                nearest: entries
+                    .clamp(RingSize::MIN, RingSize::MAX)
+                    .next_power_of_two(),
+            });
+        }
+        size
+    };
+    // All four, so that each bad one is reported.
+    let rx = check("rx", raw.rx);
+    let tx = check("tx", raw.tx);
+    let fill = check("fill", raw.fill);
+    let completion = check("completion", raw.completion);
+    Some(Rings {
+        rx: rx?,
+        tx: tx?,
+        fill: fill?,
+        completion: completion?,
+    })
+}
+
+fn check_busy_poll(
+    file: &Path,
+    raw: &RawBusyPoll,
+    errors: &mut Vec<ConfigError>,
+) -> Option<BusyPoll> {
+    /// A tenth of a second: beyond that it is a mistake in the unit.
+    const MICROSECONDS_MAX: u32 = 100_000;
+    let mut refuse = |key, value, max, typical| {
+        errors.push(ConfigError::BusyPoll {
+            file: file.to_owned(),
+            key,
+            value,
+            max,
+            typical,
+        });
+    };
+    let microseconds = Some(raw.microseconds).filter(|us| (1..=MICROSECONDS_MAX).contains(us));
+    if microseconds.is_none() {
+        refuse("microseconds", raw.microseconds, MICROSECONDS_MAX, 20);
+    }
+    let budget = u16::try_from(raw.budget).ok().filter(|budget| *budget > 0);
+    if budget.is_none() {
+        refuse("budget", raw.budget, u32::from(u16::MAX), 64);
+    }
+    Some(BusyPoll {
+        microseconds: microseconds?,
+        budget: budget?,
+    })
+}
+
+/// What the machine offers to this process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostFacts {
+    /// CPUs that the process may run on: its affinity and cgroup cpuset.
+    pub cpus: BTreeSet<u32>,
+    /// The NICs asked for, as far as they exist.
+    pub nics: BTreeMap<String, Nic>,
+    /// Names of all NICs in this network namespace.
+    pub nic_names: Vec<String>,
+    /// RLIMIT_MEMLOCK in bytes, unless unlimited.
+    pub locked_bytes_max: Option<u64>,
+    /// What the process may do.
+    pub capabilities: Capabilities,
+    /// Huge pages of 2 MiB that are free.
+    pub huge_pages_free: u64,
+    /// Huge pages of 2 MiB that exist.
+    pub huge_pages_total: u64,
+}
+
+/// Why the machine could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// A file of the kernel's is not readable or not understood.
+    #[error("{path}: cannot read {what}: {source}: is /proc mounted?")]
+    Proc {
+        /// File.
+        path: &'static str,
+        /// What was sought in it.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// A NIC exists and cannot be used or described.
+    #[error(transparent)]
+    Nic(#[from] NicError),
+}
+
+const STATUS: &str = "/proc/thread-self/status";
+const LIMITS: &str = "/proc/thread-self/limits";
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+impl HostFacts {
+    /// Asks the machine; `nics` are the NICs to ask about, doubles allowed.
+    pub fn read<'a>(nics: impl IntoIterator<Item = &'a str>) -> Result<Self, HostError> {
+        let proc = |path, what| move |source| HostError::Proc { path, what, source };
+        let status = fs::read_to_string(STATUS).map_err(proc(STATUS, "the CPUs allowed"))?;
+        let limits =
+            fs::read_to_string(LIMITS).map_err(proc(LIMITS, "the limit of locked memory"))?;
+        let huge_pages = |name: &str| {
+            let text = fs::read_to_string(format!("{HUGE_PAGES}/{name}")).unwrap_or_default();
+            // A kernel without huge pages has none to offer.
+            text.trim().parse().unwrap_or(0)
+        };
+        let mut found = BTreeMap::new();
+        for name in nics {
+            if found.contains_key(name) {
+                continue;
+            }
+            match Nic::open(name) {
+                Ok(nic) => {
+                    found.insert(name.to_owned(), nic);
+                }
+                Err(NicError::Unknown { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Self {
+            cpus: field(&status, "Cpus_allowed_list:")
+                .and_then(parse_cpu_list)
+                .ok_or_else(malformed)
+                .map_err(proc(STATUS, "the CPUs allowed"))?,
+            nics: found,
+            nic_names: Nic::names(),
+            locked_bytes_max: parse_locked_limit(&limits)
+                .ok_or_else(malformed)
+                .map_err(proc(LIMITS, "the limit of locked memory"))?,
+            capabilities: Capabilities::from_status(&status)
+                .ok_or_else(malformed)
+                .map_err(proc(STATUS, "the capabilities"))?,
+            huge_pages_free: huge_pages("free_hugepages"),
+            huge_pages_total: huge_pages("nr_hugepages"),
+        })
+    }
+}
+
+fn malformed() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "not in the expected form")
+}
+
+/// The rest of the line that begins with `name`.
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name))
+        .map(str::trim)
+}
+
+/// A list such as `0-3,8`.
+fn parse_cpu_list(list: &str) -> Option<BTreeSet<u32>> {
+    let mut cpus = BTreeSet::new();
+    for range in list.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        cpus.extend(first.parse::<u32>().ok()?..=last.parse().ok()?);
+    }
+    Some(cpus)
+}
+
+fn format_cpu_list(cpus: &BTreeSet<u32>) -> String {
+    let mut ranges: Vec<(u32, u32)> = Vec::new();
+    for &cpu in cpus {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == cpu => *last = cpu,
+            _ => ranges.push((cpu, cpu)),
+        }
+    }
+    let texts: Vec<String> = ranges
+        .iter()
+        .map(|(first, last)| match first == last {
+            true => first.to_string(),
+            false => format!("{first}-{last}"),
+        })
+        .collect();
+    texts.join(",")
+}
+
+/// The soft limit; `Some(None)` is "unlimited".
+fn parse_locked_limit(limits: &str) -> Option<Option<u64>> {
+    match field(limits, "Max locked memory")?
+        .split_whitespace()
+        .next()?
+    {
+        "unlimited" => Some(None),
+        bytes => bytes.parse().ok().map(Some),
+    }
+}
+
+/// A capability that workers need or profit from; the value is the kernel's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Capability {
+    NetAdmin = 12,
+    NetRaw = 13,
+    IpcLock = 14,
+    SysAdmin = 21,
+    Bpf = 39,
+}
+
+/// The effective capabilities of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities(u64);
+
+impl Capabilities {
+    /// From a bit mask in the kernel's numbering (capabilities(7)).
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// Those of the calling thread.
+    pub fn effective() -> io::Result<Self> {
+        let status = fs::read_to_string(STATUS)?;
+        Self::from_status(&status).ok_or_else(malformed)
+    }
+
+    fn from_status(status: &str) -> Option<Self> {
+        let bits = u64::from_str_radix(field(status, "CapEff:")?, 16).ok()?;
+        Some(Self(bits))
+    }
+
+    const fn has(self, capability: Capability) -> bool {
+        self.0 >> capability as u32 & 1 == 1
+    }
+
+    /// Those that a worker cannot do without, and what for.
+    pub fn missing(self) -> Option<String> {
+        let bpf = self.has(Capability::Bpf) || self.has(Capability::SysAdmin);
+        let needs = [
+            (
+                self.has(Capability::NetAdmin),
+                "CAP_NET_ADMIN (to attach the XDP program and create rip0)",
+            ),
+            (
+                self.has(Capability::NetRaw),
+                "CAP_NET_RAW (to open AF_XDP sockets)",
+            ),
+            (bpf, "CAP_BPF (to load the XDP program)"),
+        ];
+        let missing: Vec<&str> = needs
+            .iter()
+            .filter(|(held, _)| !held)
+            .map(|(_, name)| *name)
+            .collect();
+        (!missing.is_empty()).then(|| missing.join(" and "))
+    }
+}
+
+/// Checks that the host has what `workers` ask for.
+pub fn check_host(workers: &[WorkerConfig], host: &HostFacts) -> Result<(), ConfigErrors> {
+    let mut errors = Vec::new();
+    for worker in workers {
+        check_nic(worker, host, &mut errors);
+        if !host.cpus.contains(&worker.cpu) {
+            errors.push(ConfigError::CpuNotAllowed {
+                file: worker.file.clone(),
+                cpu: worker.cpu,
+                allowed: format_cpu_list(&host.cpus),
+            });
+        }
+    }
+    let need = workers.iter().map(|worker| worker.umem.bytes()).sum();
+    // The kernel charges UMEM to RLIMIT_MEMLOCK, huge pages too, except with
+    // CAP_IPC_LOCK (net/xdp/xdp_umem.c, xdp_umem_account_pages).
+    if let Some(limit) = host.locked_bytes_max
+        && need > limit
+        && !host.capabilities.has(Capability::IpcLock)
+    {
+        errors.push(ConfigError::LockedMemory { need, limit });
+    }
+    let huge = workers.iter().filter(|worker| worker.umem.huge_pages);
+    let need: u64 = huge
+        .map(|worker| worker.umem.bytes() / Umem::HUGE_PAGE_BYTES)
+        .sum();
+    if need > host.huge_pages_free {
+        errors.push(ConfigError::HugePages {
+            need,
+            free: host.huge_pages_free,
+            total: host.huge_pages_total,
+        });
+    }
+    if let Some(missing) = host.capabilities.missing() {
+        errors.push(ConfigError::Capabilities { missing });
+    }
+    ConfigErrors::unless(errors, ())
+}
+
+fn check_nic(worker: &WorkerConfig, host: &HostFacts, errors: &mut Vec<ConfigError>) {
+    let file = worker.file.clone();
+    let Some(nic) = host.nics.get(&worker.nic) else {
+        errors.push(ConfigError::UnknownNic {
+            file,
+            nic: worker.nic.clone(),
+            existing: host.nic_names.clone(),
+        });
+        return;
+    };
+    if !nic.up {
+        errors.push(ConfigError::NicDown {
+            file: file.clone(),
+            nic: nic.name.clone(),
+        });
+    }
+    if worker.queue >= nic.rx_queues {
+        errors.push(ConfigError::QueueBeyondNic {
+            file: file.clone(),
+            nic: nic.name.clone(),
+            queue: worker.queue,
+            queues: nic.rx_queues,
+        });
+    }
+    // igb programs its buffer size in steps of 1024 and rounds 2048 - 256 down.
+    if nic.driver == "igb"
+        && worker.umem.frame_size == FrameSize::Bytes2048
+        && matches!(worker.mode, Mode::Auto | Mode::ZeroCopy)
+    {
+        errors.push(ConfigError::FrameSizeOfDriver {
+            file,
+            nic: nic.name.clone(),
+            driver: nic.driver.clone(),
+        });
+    }
+}
+
+/// What works, but perhaps not as meant.
+pub fn warnings(workers: &[WorkerConfig], host: &HostFacts) -> Vec<ConfigWarning> {
+    let mut warnings = Vec::new();
+    let mut by_cpu: BTreeMap<u32, Vec<Polling>> = BTreeMap::new();
+    let mut by_nic: BTreeMap<&str, BTreeSet<u32>> = BTreeMap::new();
+    for worker in workers {
+        by_cpu.entry(worker.cpu).or_default().push(worker.polling);
+        by_nic.entry(&worker.nic).or_default().insert(worker.queue);
+        let packet_bytes_max = worker.umem.frame_size.packet_bytes_max();
+        // The Ethernet header is not part of the MTU.
+        if let Some(nic) = host.nics.get(&worker.nic)
+            && nic.mtu.saturating_add(14) > packet_bytes_max
+        {
+            warnings.push(ConfigWarning::LongPackets {
+                file: worker.file.clone(),
+                nic: nic.name.clone(),
+                mtu: nic.mtu,
+                packet_bytes_max,
+            });
+        }
+    }
+    for (cpu, polling) in by_cpu {
+        if polling.len() > 1 {
+            warnings.push(ConfigWarning::SharedCpu {
+                cpu,
+                workers: polling.len(),
+                busy: polling.contains(&Polling::Busy),
+            });
+        }
+    }
+    for (name, covered) in by_nic {
+        let queues: Vec<u32> = host.nics.get(name).map_or_else(Vec::new, |nic| {
+            (0..nic.rx_queues)
+                .filter(|queue| !covered.contains(queue))
+                .collect()
+        });
+        if !queues.is_empty() {
+            warnings.push(ConfigWarning::UncoveredQueues {
+                nic: name.to_owned(),
+                queues,
+            });
+        }
+    }
+    warnings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_lists_are_read_and_written() {
+        for text in ["0", "0-3", "0-3,8", "1,3,5-6", "1024-1027"] {
+            assert_eq!(format_cpu_list(&parse_cpu_list(text).unwrap()), text);
+        }
+        assert_eq!(parse_cpu_list("2-3").unwrap(), BTreeSet::from([2, 3]));
+        for text in ["", "a", "1-", "0,,2"] {
+            assert_eq!(parse_cpu_list(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_limit_of_locked_memory_is_read() {
+        let header = "Limit                     Soft Limit           Hard Limit           Units\n";
+        let line = |soft| {
+            format!("{header}Max locked memory         {soft}              9           bytes\n")
+        };
+        assert_eq!(parse_locked_limit(&line("8388608")), Some(Some(8_388_608)));
+        assert_eq!(parse_locked_limit(&line("unlimited")), Some(None));
+        assert_eq!(parse_locked_limit(header), None);
+    }
+
+    #[test]
+    fn capabilities_are_read_and_named() {
+        let held = Capabilities::from_status("Name:\tx\nCapEff:\t000001ffffffffff\n").unwrap();
+        assert_eq!(held.missing(), None);
+        let none = Capabilities::from_bits(0).missing().unwrap();
+        for name in ["CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_BPF"] {
+            assert!(none.contains(name), "{none}");
+        }
+        // CAP_SYS_ADMIN stands in for CAP_BPF.
+        let old = Capabilities::from_bits(1 << 12 | 1 << 13 | 1 << 21);
+        assert_eq!(old.missing(), None);
+    }
+
+    #[test]
+    fn this_process_can_be_asked() {
+        let host = HostFacts::read(["lo", "lo", "nic-of-nobody"]).unwrap();
+        assert!(!host.cpus.is_empty());
+        assert_eq!(host.nics.keys().collect::<Vec<_>>(), ["lo"]);
+        assert!(host.nic_names.contains(&"lo".to_owned()));
+    }
+}

@@ -1,0 +1,766 @@
+//! The XDP program on a NIC: loading, attaching, telling it which tunnel is
+//! ours and which queues have a socket, and reading what it did.
+//!
+//! One [`XdpProgram`] belongs to one NIC, for its sockets are found by queue
+//! number. It is attached by a BPF link, in native and in generic mode alike:
+//! the kernel detaches it when the last descriptor of the link is closed, that
+//! is on drop, and also when the process is killed. Nothing is ever pinned.
+//!
+//! What the program decides is written in `bpf/ripstop.bpf.c`; the layouts that
+//! both sides share are in `bpf/ripstop.h` and are mirrored here.
+//!
+//! SYNC tunnel: the two words of the configuration are stored one by one while
+//! the program may read them on another CPU. No order is needed. Both carry
+//! the generation of the configuration, and the program uses a pair only if
+//! the generations agree, so that a mix of two configurations matches nothing.
+//! Sixteen bits of generation would have to wrap between two adjacent loads to
+//! deceive it.
+
+#![expect(
+    unsafe_code,
+    reason = "links with flags, and memory shared with a running BPF program"
+)]
+
+use core::fmt;
+use core::net::Ipv4Addr;
+use core::ops::Index;
+use core::sync::atomic::{AtomicU64, Ordering};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use libbpf_rs::libbpf_sys as sys;
+use libbpf_rs::{
+    AsRawLibbpf, ErrorKind, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel,
+    ProgramHandle, ProgramInput, ProgramMut, Xdp, XdpFlags,
+};
+
+use crate::config::Capabilities;
+use crate::nic::Nic;
+
+/// The compiled program. Aligned, because libelf reads its tables in place.
+#[repr(C, align(8))]
+struct Aligned<Bytes: ?Sized>(Bytes);
+static OBJECT: &Aligned<[u8]> =
+    &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/ripstop.bpf.o")));
+
+/// Receive queues that the program has room for (`RIPSTOP_QUEUES_MAX`).
+pub const QUEUES_MAX: u32 = 1024;
+
+/// Largest MTU at which every driver still puts a frame into one buffer: igb
+/// refuses a single-buffer program from 3498 on, veth and virtio from 3507.
+const SINGLE_BUFFER_MTU_MAX: u32 = 3497;
+
+/// `struct ripstop_tunnel`. Only the data plane stores these words; see SYNC
+/// tunnel in the module's text.
+#[repr(C)]
+struct TunnelWords {
+    /// Generation, UDP port, local address.
+    endpoint: AtomicU64,
+    /// Generation, VNI.
+    network: AtomicU64,
+}
+
+const _: () = assert!(size_of::<TunnelWords>() == 16);
+const _: () = assert!(core::mem::offset_of!(TunnelWords, network) == 8);
+
+/// The tunnel whose packets go to the sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TunnelMatch {
+    /// Outer destination: this node's underlay address.
+    pub local: Ipv4Addr,
+    /// UDP destination port.
+    pub port: u16,
+    /// VXLAN network identifier, 24 bits.
+    pub vni: u32,
+}
+
+impl TunnelMatch {
+    /// Both words, carrying `generation`.
+    fn words(&self, generation: u16) -> [u64; 2] {
+        let generation = u64::from(generation) << 48;
+        // Native loads of bytes in network order: exactly what the program
+        // loads from the packet, on machines of either byte order.
+        let local = u64::from(u32::from_ne_bytes(self.local.octets()));
+        let port = u64::from(u16::from_ne_bytes(self.port.to_be_bytes()));
+        [
+            generation | port << 32 | local,
+            generation | u64::from(self.vni),
+        ]
+    }
+}
+
+/// How to attach.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AttachMode {
+    /// Native if the driver can, else generic.
+    #[default]
+    Auto,
+    /// In the driver, before the kernel allocates anything for the packet.
+    Native,
+    /// Behind the driver, on the kernel's packet buffers: slower, works on any NIC.
+    Generic,
+}
+
+/// How the program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachedMode {
+    /// In the driver.
+    Native,
+    /// Behind the driver.
+    Generic,
+}
+
+impl AttachedMode {
+    const fn flags(self) -> u32 {
+        match self {
+            Self::Native => sys::XDP_FLAGS_DRV_MODE,
+            Self::Generic => sys::XDP_FLAGS_SKB_MODE,
+        }
+    }
+}
+
+impl fmt::Display for AttachedMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        })
+    }
+}
+
+/// How a NIC lays a frame out, which decides between the two programs in the object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Buffers {
+    /// A frame lies in one buffer.
+    One,
+    /// A frame may lie in several (jumbo frames).
+    Several,
+}
+
+impl Buffers {
+    /// What a NIC of this MTU needs.
+    pub const fn for_mtu(mtu: u32) -> Self {
+        if mtu > SINGLE_BUFFER_MTU_MAX {
+            Self::Several
+        } else {
+            Self::One
+        }
+    }
+
+    const fn program(self) -> &'static str {
+        match self {
+            Self::One => "ripstop",
+            Self::Several => "ripstop_frags",
+        }
+    }
+}
+
+/// What became of a frame (`enum ripstop_outcome`): every frame that the
+/// program sees has exactly one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Outcome {
+    /// Handed to a socket. The socket's own statistics tell what it had to refuse.
+    Redirected = 0,
+    /// Ours, but there is no socket for the receive queue.
+    NoSocket = 1,
+    /// A fragment of a UDP packet to our address; later ones have no port to check.
+    Fragment = 2,
+    /// For our tunnel, with IP options.
+    IpOptions = 3,
+    /// For our tunnel, with lengths that contradict each other or the frame.
+    BadLength = 4,
+    /// For our tunnel, with VXLAN flags or reserved bits that we do not know.
+    VxlanFlags = 5,
+    /// For our tunnel's address and port, in another virtual network.
+    OtherVni = 6,
+    /// For our tunnel, but longer than a frame of the sockets.
+    TooLong = 7,
+    /// Not for our tunnel.
+    PassedOther = 8,
+}
+
+impl Outcome {
+    /// Every outcome; the position is the number.
+    pub const ALL: [Self; 9] = [
+        Self::Redirected,
+        Self::NoSocket,
+        Self::Fragment,
+        Self::IpOptions,
+        Self::BadLength,
+        Self::VxlanFlags,
+        Self::OtherVni,
+        Self::TooLong,
+        Self::PassedOther,
+    ];
+
+    /// Name of the counter.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Redirected => "redirected",
+            Self::NoSocket => "no_socket",
+            Self::Fragment => "fragment",
+            Self::IpOptions => "ip_options",
+            Self::BadLength => "bad_length",
+            Self::VxlanFlags => "vxlan_flags",
+            Self::OtherVni => "other_vni",
+            Self::TooLong => "too_long",
+            Self::PassedOther => "passed_other",
+        }
+    }
+
+    /// What the counter means, in one line for the operator.
+    pub const fn explanation(self) -> &'static str {
+        match self {
+            Self::Redirected => "tunnel packet, handed to the worker of its receive queue",
+            Self::NoSocket => {
+                "tunnel packet on a receive queue without a worker: add a configuration file for that queue"
+            }
+            Self::Fragment => {
+                "UDP fragment to this node, left to the kernel: a path MTU below the tunnel's outer packet"
+            }
+            Self::IpOptions => "tunnel packet with IP options, left to the kernel",
+            Self::BadLength => {
+                "tunnel packet whose IP, UDP and frame lengths disagree, left to the kernel: a broken or hostile sender"
+            }
+            Self::VxlanFlags => {
+                "tunnel packet with unknown VXLAN flags or reserved bits, left to the kernel: a sender with extensions"
+            }
+            Self::OtherVni => {
+                "tunnel packet of another VNI, left to the kernel: another overlay or a peer configured differently"
+            }
+            Self::TooLong => {
+                "tunnel packet longer than a UMEM frame, left to the kernel: raise umem.frameSize; in generic mode GRO makes them"
+            }
+            Self::PassedOther => "not for the tunnel, left to the kernel",
+        }
+    }
+}
+
+const _: () = {
+    let mut position = 0;
+    while position < Outcome::ALL.len() {
+        assert!(Outcome::ALL[position] as usize == position);
+        position += 1;
+    }
+};
+
+/// Frames seen so far, by outcome, over all CPUs.
+///
+/// The counters live as long as the loaded program and only grow. Each is read
+/// by itself while the program runs, so that a reading is not one instant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct XdpCounters {
+    frames: [u64; Outcome::ALL.len()],
+}
+
+impl XdpCounters {
+    /// All counters, in the order of [`Outcome::ALL`].
+    pub fn iter(&self) -> impl Iterator<Item = (Outcome, u64)> {
+        Outcome::ALL.into_iter().zip(self.frames)
+    }
+
+    /// Frames that the program has seen.
+    pub fn seen(&self) -> u64 {
+        self.frames.iter().sum()
+    }
+
+    /// Frames that went the kernel's way, for whatever reason.
+    pub fn passed(&self) -> u64 {
+        self.seen() - self[Outcome::Redirected]
+    }
+}
+
+impl Index<Outcome> for XdpCounters {
+    type Output = u64;
+
+    fn index(&self, outcome: Outcome) -> &u64 {
+        &self.frames[outcome as usize]
+    }
+}
+
+/// What the program answers for a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Left to the kernel.
+    Pass,
+    /// To the socket of its queue.
+    Redirect,
+}
+
+/// Why the XDP program could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum XdpError {
+    /// The process may not do this.
+    #[error(
+        "{step}: not permitted; this process lacks {missing}. Run as root or grant them (setcap, AmbientCapabilities=, securityContext)"
+    )]
+    Permission {
+        /// What was attempted.
+        step: String,
+        /// Capabilities that it takes and the process does not have.
+        missing: String,
+    },
+    /// libbpf or the kernel refused.
+    #[error(
+        "{step}: {source:#}. Kernel 6.1 or later is required; RUST_LOG=libbpf=debug shows the verifier's words"
+    )]
+    Bpf {
+        /// What was attempted.
+        step: String,
+        /// libbpf's error.
+        source: libbpf_rs::Error,
+    },
+    /// The embedded object is not what this module mirrors.
+    #[error(
+        "the embedded XDP object has no {what} of the expected form: rebuild ripstop-dataplane from one source tree"
+    )]
+    Layout {
+        /// What is missing or different.
+        what: &'static str,
+    },
+    /// Somebody else's XDP program is on the NIC.
+    #[error(
+        "NIC {nic} already runs XDP program {id} ({program}), and it runs only one: take it off (`ip link set dev {nic} {off} off`; if that answers \"busy\", stop the process that holds it), or choose another NIC"
+    )]
+    Foreign {
+        /// NIC.
+        nic: String,
+        /// Identifier of the program there, as `bpftool prog` shows it.
+        id: u32,
+        /// Its name.
+        program: String,
+        /// What `ip link set` calls the mode that it is attached in.
+        off: &'static str,
+    },
+    /// The kernel refused the attachment.
+    #[error("attach the XDP program to NIC {nic} in {mode} mode: {source}. {hint}")]
+    Attach {
+        /// NIC.
+        nic: String,
+        /// Mode that was tried.
+        mode: AttachedMode,
+        /// The kernel's answer.
+        source: io::Error,
+        /// What to try.
+        hint: &'static str,
+    },
+    /// `attach` was called twice.
+    #[error("this XDP program is already attached to NIC {nic}: load one program per NIC")]
+    AlreadyAttached {
+        /// NIC.
+        nic: String,
+    },
+    /// The VNI does not fit its field.
+    #[error("VNI {vni} does not fit the 24 bits of the VXLAN header: choose one up to 16777215")]
+    Vni {
+        /// The value.
+        vni: u32,
+    },
+    /// The queue number is beyond the socket map.
+    #[error("receive queue {queue} is beyond the {QUEUES_MAX} that the XDP program has room for")]
+    Queue {
+        /// The number.
+        queue: u32,
+    },
+}
+
+/// The link that holds the program on a NIC, for as long as it is open.
+#[derive(Debug)]
+struct Attachment {
+    nic: String,
+    mode: AttachedMode,
+    _link: OwnedFd,
+}
+
+/// The loaded program and its maps.
+#[derive(Debug)]
+pub struct XdpProgram {
+    /// Ahead of the object, so that a drop detaches first.
+    attachment: Option<Attachment>,
+    object: Object,
+    sockets: MapHandle,
+    outcomes: MapHandle,
+    /// Of the configuration in force; 0 is never one.
+    generation: u16,
+}
+
+impl XdpProgram {
+    /// Loads the program into the kernel; it does nothing yet.
+    ///
+    /// `frame_bytes_max` is the longest Ethernet frame that every socket of
+    /// this NIC can hold; longer ones are left to the kernel.
+    pub fn load(frame_bytes_max: u32) -> Result<Self, XdpError> {
+        libbpf_rs::set_print(Some((PrintLevel::Debug, log)));
+        let mut open = ObjectBuilder::default()
+            .name("ripstop")
+            .and_then(|builder| builder.open_memory(&OBJECT.0))
+            .map_err(|source| refused("open the XDP object", source))?;
+        open.maps_mut()
+            .find(|map| map.name() == ".rodata.limits")
+            .ok_or(XdpError::Layout { what: "limits" })?
+            .set_initial_value(&frame_bytes_max.to_ne_bytes())
+            .map_err(|source| refused("set the limits of the XDP program", source))?;
+        let object = open
+            .load()
+            .map_err(|source| refused("load the XDP program", source))?;
+
+        let map = |name: &str, what, value_size: usize, entries: usize| {
+            let map = object
+                .maps()
+                .find(|map| map.name() == name)
+                .filter(|map| map.value_size() as usize == value_size)
+                .filter(|map| map.max_entries() as usize == entries)
+                .ok_or(XdpError::Layout { what })?;
+            MapHandle::try_from(&map).map_err(|source| refused("hold a map", source))
+        };
+        let sockets = map(
+            "sockets",
+            "socket map",
+            size_of::<u32>(),
+            QUEUES_MAX as usize,
+        )?;
+        let outcomes = map("outcomes", "counters", size_of::<u64>(), Outcome::ALL.len())?;
+        map(TUNNEL_SECTION, "tunnel words", size_of::<TunnelWords>(), 1)?;
+        let loaded = Self {
+            attachment: None,
+            object,
+            sockets,
+            outcomes,
+            generation: 0,
+        };
+        loaded.program(Buffers::One)?;
+        loaded.program(Buffers::Several)?;
+        Ok(loaded)
+    }
+
+    /// Attaches to `nic` and answers with the mode in use.
+    ///
+    /// Until [`configure`](Self::configure) and
+    /// [`register_socket`](Self::register_socket) everything is passed.
+    /// Some drivers reset the NIC for it: traffic may be lost for seconds.
+    pub fn attach(&mut self, nic: &Nic, mode: AttachMode) -> Result<AttachedMode, XdpError> {
+        if let Some(attachment) = &self.attachment {
+            return Err(XdpError::AlreadyAttached {
+                nic: attachment.nic.clone(),
+            });
+        }
+        self.refuse_foreign(nic)?;
+        let (mode, link) = match mode {
+            AttachMode::Native => (AttachedMode::Native, self.link(nic, AttachedMode::Native)?),
+            AttachMode::Generic => (
+                AttachedMode::Generic,
+                self.link(nic, AttachedMode::Generic)?,
+            ),
+            AttachMode::Auto => match self.link(nic, AttachedMode::Native) {
+                Ok(link) => (AttachedMode::Native, link),
+                Err(refusal @ XdpError::Attach { .. }) => {
+                    tracing::warn!(nic = nic.name, "{refusal} Falling back to generic mode.");
+                    (
+                        AttachedMode::Generic,
+                        self.link(nic, AttachedMode::Generic)?,
+                    )
+                }
+                Err(error) => return Err(error),
+            },
+        };
+        self.attachment = Some(Attachment {
+            nic: nic.name.clone(),
+            mode,
+            _link: link,
+        });
+        Ok(mode)
+    }
+
+    /// Takes the program off its NIC; the kernel gets all packets again.
+    pub fn detach(&mut self) {
+        self.attachment = None;
+    }
+
+    /// Mode in use, while attached.
+    pub fn attached(&self) -> Option<AttachedMode> {
+        self.attachment.as_ref().map(|attachment| attachment.mode)
+    }
+
+    /// Makes `tunnel` the one whose packets go to the sockets, from the next
+    /// packet on. A packet that falls into the change itself is passed.
+    pub fn configure(&mut self, tunnel: &TunnelMatch) -> Result<(), XdpError> {
+        if tunnel.vni >= 1 << 24 {
+            return Err(XdpError::Vni { vni: tunnel.vni });
+        }
+        self.generation = match self.generation.wrapping_add(1) {
+            0 => 1,
+            next => next,
+        };
+        let [endpoint, network] = tunnel.words(self.generation);
+        let words = self.tunnel_words()?;
+        words.endpoint.store(endpoint, Ordering::Relaxed); // SYNC tunnel
+        words.network.store(network, Ordering::Relaxed); // SYNC tunnel
+        Ok(())
+    }
+
+    /// Passes everything to the kernel until the next [`configure`](Self::configure).
+    pub fn disable(&mut self) -> Result<(), XdpError> {
+        self.tunnel_words()?.endpoint.store(0, Ordering::Relaxed); // SYNC tunnel
+        Ok(())
+    }
+
+    /// Sends the tunnel's packets of receive queue `queue` to `socket`, an
+    /// AF_XDP socket bound to that queue of the attached NIC. Closing the
+    /// socket unregisters it, too.
+    pub fn register_socket(&self, queue: u32, socket: BorrowedFd<'_>) -> Result<(), XdpError> {
+        if queue >= QUEUES_MAX {
+            return Err(XdpError::Queue { queue });
+        }
+        self.sockets
+            .update(
+                &queue.to_ne_bytes(),
+                &socket.as_raw_fd().to_ne_bytes(),
+                MapFlags::ANY,
+            )
+            .map_err(|source| refused(format!("register the socket of queue {queue}"), source))
+    }
+
+    /// Leaves the packets of receive queue `queue` to the kernel.
+    pub fn unregister_socket(&self, queue: u32) -> Result<(), XdpError> {
+        if queue >= QUEUES_MAX {
+            return Err(XdpError::Queue { queue });
+        }
+        match self.sockets.delete(&queue.to_ne_bytes()) {
+            Err(source) if source.kind() != ErrorKind::NotFound => Err(refused(
+                format!("unregister the socket of queue {queue}"),
+                source,
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// What became of the frames seen so far.
+    pub fn counters(&self) -> Result<XdpCounters, XdpError> {
+        let mut counters = XdpCounters::default();
+        for (outcome, frames) in Outcome::ALL.into_iter().zip(&mut counters.frames) {
+            let per_cpu = self
+                .outcomes
+                .lookup_percpu(&(outcome as u32).to_ne_bytes(), MapFlags::ANY)
+                .map_err(|source| refused("read the XDP counters", source))?
+                .ok_or(XdpError::Layout { what: "counters" })?;
+            for bytes in per_cpu {
+                let Ok(value) = bytes.try_into() else {
+                    return Err(XdpError::Layout { what: "counters" });
+                };
+                *frames += u64::from_ne_bytes(value);
+            }
+        }
+        Ok(counters)
+    }
+
+    /// Runs the program once on `frame`, as if it had come in on queue 0 of
+    /// the loopback device or, if given, on (interface index, queue). The
+    /// frame goes nowhere, but its outcome is counted. For tests.
+    pub fn run(
+        &self,
+        buffers: Buffers,
+        frame: &[u8],
+        received_on: Option<(u32, u32)>,
+    ) -> Result<Action, XdpError> {
+        let step = "run the XDP program on a frame";
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+        let mut context = [0u8; 24];
+        if let Some((interface, queue)) = received_on {
+            let length = u32::try_from(frame.len()).unwrap_or(u32::MAX);
+            context[4..8].copy_from_slice(&length.to_ne_bytes());
+            context[12..16].copy_from_slice(&interface.to_ne_bytes());
+            context[16..20].copy_from_slice(&queue.to_ne_bytes());
+        }
+        let output = self
+            .program(buffers)?
+            .test_run(ProgramInput {
+                context_in: received_on.is_some().then_some(&mut context[..]),
+                data_in: Some(frame),
+                ..ProgramInput::default()
+            })
+            .map_err(|source| refused(step, source))?;
+        match output.return_value {
+            sys::XDP_PASS => Ok(Action::Pass),
+            sys::XDP_REDIRECT => Ok(Action::Redirect),
+            _ => Err(XdpError::Layout { what: "program" }),
+        }
+    }
+
+    fn program(&self, buffers: Buffers) -> Result<ProgramMut<'_>, XdpError> {
+        self.object
+            .progs_mut()
+            .find(|program| program.name() == buffers.program())
+            .ok_or(XdpError::Layout { what: "program" })
+    }
+
+    /// The words that the running program reads.
+    fn tunnel_words(&self) -> Result<&TunnelWords, XdpError> {
+        let missing = XdpError::Layout {
+            what: "tunnel words",
+        };
+        let Some(map) = self.object.maps().find(|map| map.name() == TUNNEL_SECTION) else {
+            return Err(missing);
+        };
+        let mut size = 0;
+        // SAFETY: the map belongs to `self.object`, which is alive; `size` is a valid place for the answer.
+        let words =
+            unsafe { sys::bpf_map__initial_value(map.as_libbpf_object().as_ptr(), &raw mut size) };
+        if words.is_null() || usize::try_from(size) != Ok(size_of::<TunnelWords>()) {
+            return Err(missing);
+        }
+        // SAFETY: not null and of the right size, as just checked; page-aligned, because libbpf maps
+        // the section's memory and keeps it mapped until `self.object` is dropped; any bytes are valid
+        // atomics, and nobody forms a plain reference to them.
+        Ok(unsafe { &*words.cast::<TunnelWords>() })
+    }
+
+    fn refuse_foreign(&self, nic: &Nic) -> Result<(), XdpError> {
+        let program = self.program(Buffers::for_mtu(nic.mtu))?;
+        let present = Xdp::new(program.as_fd())
+            .query(interface_index(nic), XdpFlags::NONE)
+            .map_err(|source| {
+                refused(
+                    format!("ask for the XDP program on NIC {}", nic.name),
+                    source,
+                )
+            })?;
+        let (id, off) = match present {
+            on if on.drv_prog_id != 0 => (on.drv_prog_id, "xdp"),
+            on if on.skb_prog_id != 0 => (on.skb_prog_id, "xdpgeneric"),
+            on if on.hw_prog_id != 0 => (on.hw_prog_id, "xdpoffload"),
+            on if on.prog_id != 0 => (on.prog_id, "xdp"),
+            _ => return Ok(()),
+        };
+        Err(XdpError::Foreign {
+            nic: nic.name.clone(),
+            id,
+            program: ProgramHandle::from_prog_id(id).map_or_else(
+                |_| "of unknown name".to_owned(),
+                |handle| handle.name().to_string_lossy().into_owned(),
+            ),
+            off,
+        })
+    }
+
+    /// libbpf's own attach call has no flags, hence no choice of mode.
+    fn link(&self, nic: &Nic, mode: AttachedMode) -> Result<OwnedFd, XdpError> {
+        let program = self.program(Buffers::for_mtu(nic.mtu))?;
+        let options = sys::bpf_link_create_opts {
+            sz: size_of::<sys::bpf_link_create_opts>() as sys::size_t,
+            flags: mode.flags(),
+            ..Default::default()
+        };
+        // SAFETY: the program's descriptor is open, `options` is whole, carries its own size and
+        // outlives the call; the zeroed rest means "absent".
+        let link = unsafe {
+            sys::bpf_link_create(
+                program.as_fd().as_raw_fd(),
+                interface_index(nic),
+                sys::BPF_XDP,
+                &raw const options,
+            )
+        };
+        if link >= 0 {
+            // SAFETY: a descriptor that the kernel has just given to us alone.
+            return Ok(unsafe { OwnedFd::from_raw_fd(link) });
+        }
+        let source = io::Error::from_raw_os_error(-link);
+        let hint = match -link {
+            libc::EPERM | libc::EACCES => {
+                if let Some(missing) = missing_capabilities() {
+                    let step = format!("attach the XDP program to NIC {}", nic.name);
+                    return Err(XdpError::Permission { step, missing });
+                }
+                "A user namespace, a seccomp filter or a security module forbids it."
+            }
+            libc::EBUSY | libc::EEXIST => {
+                // Somebody was faster than our question.
+                self.refuse_foreign(nic)?;
+                "Something else holds the NIC's XDP hook: choose another NIC."
+            }
+            libc::EOPNOTSUPP => "Its driver cannot do this: choose mode \"generic\", or \"auto\".",
+            libc::EINVAL | libc::ERANGE => {
+                "Lower the NIC's MTU, switch its LRO off, or choose mode \"generic\"."
+            }
+            libc::ENODEV => "The NIC has gone: check `ip link`.",
+            _ => "The kernel's log (dmesg) may say more.",
+        };
+        Err(XdpError::Attach {
+            nic: nic.name.clone(),
+            mode,
+            source,
+            hint,
+        })
+    }
+}
+
+/// Section of the program that holds the tunnel words.
+const TUNNEL_SECTION: &str = ".data.tunnel";
+
+/// Interface indices are positive and fit, because the kernel keeps them in an int.
+fn interface_index(nic: &Nic) -> i32 {
+    i32::try_from(nic.index).unwrap_or(i32::MAX)
+}
+
+/// A refusal for want of rights names them; the verifier answers EACCES as well.
+fn refused(step: impl Into<String>, source: libbpf_rs::Error) -> XdpError {
+    let step = step.into();
+    match missing_capabilities() {
+        Some(missing) if source.kind() == ErrorKind::PermissionDenied => {
+            XdpError::Permission { step, missing }
+        }
+        _ => XdpError::Bpf { step, source },
+    }
+}
+
+fn missing_capabilities() -> Option<String> {
+    Capabilities::effective().ok()?.missing()
+}
+
+/// libbpf prints to standard error unless told otherwise.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the signature that libbpf-rs calls"
+)]
+fn log(_level: PrintLevel, message: String) {
+    tracing::debug!(target: "libbpf", "{}", message.trim_end());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_hold_the_bytes_of_the_packet() {
+        let tunnel = TunnelMatch {
+            local: Ipv4Addr::new(192, 0, 2, 1),
+            port: 8472,
+            vni: 0x00ab_cdef,
+        };
+        let [endpoint, network] = tunnel.words(0x0102);
+        let address = [192, 0, 2, 1];
+        assert_eq!(
+            endpoint & 0xffff_ffff,
+            u64::from(u32::from_ne_bytes(address))
+        );
+        assert_eq!(endpoint >> 32 & 0xffff, u64::from(8472u16.to_be()));
+        assert_eq!(network & 0xffff_ffff, 0x00ab_cdef);
+        assert_eq!((endpoint >> 48, network >> 48), (0x0102, 0x0102));
+    }
+
+    #[test]
+    fn the_header_numbers_the_outcomes_alike() {
+        let header = include_str!("../bpf/ripstop.h");
+        for outcome in Outcome::ALL {
+            let line = format!(
+                "RIPSTOP_{} = {},",
+                outcome.name().to_uppercase(),
+                outcome as u32
+            );
+            assert!(header.contains(&line), "{line}");
+        }
+        assert!(header.contains(&format!("RIPSTOP_OUTCOMES = {},", Outcome::ALL.len())));
+        assert!(header.contains(&format!("#define RIPSTOP_QUEUES_MAX {QUEUES_MAX}")));
+    }
+}
