@@ -352,3 +352,10 @@ impl<T: Copy, M> Iterator for Peek<'_, T, M> {
         Some(entry)
     }
 }
+
+#[cfg(test)]
+mod memory;
+#[cfg(all(test, loom))]
+mod model_loom;
+#[cfg(all(test, not(loom)))]
+mod tests;
