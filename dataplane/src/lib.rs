@@ -1,1 +1,24 @@
-//! The data plane.
+//! The data plane of Ripstop: pinned workers that move pod packets between AF_XDP sockets and the host door.
+//!
+//! Read in this order: [`worker`] (the loop), [`forward`] (the decision about one packet), [`verdict`] and
+//! [`ripstop_fib::DropReason`] (what can become of a packet), then [`host`] (how it all is set up).
+//!
+//! What is absent: no lock, no allocation, no log and no clock on a packet's way; no word to Kubernetes or etcd; no
+//! call to the control plane, ever. All that comes from there is the fib region in shared memory.
+
+pub mod config;
+pub mod encap;
+pub mod forward;
+pub mod host;
+pub mod memory;
+pub mod nic;
+pub mod nic_queue;
+pub mod pace;
+pub mod port;
+pub mod table;
+pub mod tun;
+pub mod verdict;
+pub mod watcher;
+pub mod wire;
+pub mod worker;
+pub mod xdp;

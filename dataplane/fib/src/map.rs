@@ -1,8 +1,13 @@
 //! The two regions as files: creating, locking and mapping them.
 //!
-//! `<run-dir>/fib` is made once and outlives every process; the control plane holds a write lock on it while it runs.
-//! `<run-dir>/stats` is made anew by every data plane, which holds a write lock on `<run-dir>/dataplane.lock` while it
-//! runs. The kernel gives a lock back when its process dies, so asking for the lock's holder is asking who is alive.
+//! `<run-dir>/fib` is made once and outlives every process; the control plane that publishes in it holds a write lock
+//! on `<run-dir>/controlplane.lock` while it runs. `<run-dir>/stats` is made anew by every data plane, which holds a
+//! write lock on `<run-dir>/dataplane.lock` while it runs. The kernel gives a lock back when its process dies, so
+//! asking for the lock's holder is asking who is alive. (A child that is forked without exec would keep it.)
+//!
+//! A region is never truncated or written by anything but its owner: who maps a file that is cut short gets SIGBUS on
+//! the missing pages. Nothing here does that (a region is replaced by renaming, and the old mapping stays whole), and
+//! the files are open to root only.
 #![expect(
     unsafe_code,
     reason = "mmap(2) and record locks have no safe interface in std"
@@ -177,11 +182,16 @@ impl ProcessLock {
             .open(&path)
             .map_err(io("open lock file"))?;
         // An open-file-description lock: it goes with this file, not with the first descriptor of it that is closed.
-        if record_lock(&file, libc::F_OFD_SETLK).is_err() {
-            return Err(MapError::Locked {
-                path: path.clone(),
-                pid: written_pid(&path),
-            });
+        match record_lock(&file, libc::F_OFD_SETLK) {
+            Ok(_) => {}
+            // Linux says EAGAIN; fcntl(2) allows EACCES as well.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                return Err(MapError::Locked {
+                    path: path.clone(),
+                    pid: written_pid(&path),
+                });
+            }
+            Err(error) => return Err(io("lock")(error)),
         }
         file.set_len(0).map_err(io("empty"))?;
         file.write_all(format!("{}\n", std::process::id()).as_bytes())
@@ -236,18 +246,50 @@ fn open_options(writable: bool) -> OpenOptions {
     options
 }
 
-/// Opens the fib region for publishing, making it if there is none.
+/// Opens the fib region for publishing, making an empty one if there is none.
 ///
 /// # Errors
 /// When the file cannot be made or mapped, or is something else than a fib region of this version.
 pub fn open_fib_for_publishing(run_dir: &Path) -> Result<Mapping, MapError> {
+    ensure_fib(run_dir)?;
+    open(&run_dir.join(FIB_FILE), true, |words| {
+        Region::attach(words).map(drop)
+    })
+}
+
+/// Opens the fib region for reading, making an empty one if there is none: a data plane need not wait for a control
+/// plane to have run.
+///
+/// # Errors
+/// When the file cannot be made or mapped, or is something else than a fib region of this version.
+pub fn open_or_create_fib(run_dir: &Path) -> Result<Mapping, MapError> {
+    ensure_fib(run_dir)?;
+    open_fib(run_dir)
+}
+
+/// Makes an empty fib region unless there is one. Of two processes that try at once, one makes it.
+fn ensure_fib(run_dir: &Path) -> Result<(), MapError> {
     let path = run_dir.join(FIB_FILE);
-    if !path.exists() {
-        create(&path, publish::region_words(SLOTS, SLOT_WORDS), |words| {
-            Region::format(words, SLOTS, SLOT_WORDS);
-        })?;
+    if path.exists() {
+        return Ok(());
     }
-    open(&path, true, |words| Region::attach(words).map(drop))
+    let words = publish::region_words(SLOTS, SLOT_WORDS);
+    let (temporary, _mapping) = prepare(&path, words, |words| {
+        Region::format(words, SLOTS, SLOT_WORDS);
+    })?;
+    let io = |operation| {
+        move |source| MapError::Io {
+            operation,
+            path: path.clone(),
+            source,
+        }
+    };
+    let linked = match std::fs::hard_link(&temporary, run_dir.join(FIB_FILE)) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other.map_err(io("link into place")),
+    };
+    let _ = std::fs::remove_file(&temporary);
+    linked
 }
 
 /// Opens the fib region for reading.
@@ -281,8 +323,24 @@ pub fn open_stats(run_dir: &Path) -> Result<Mapping, MapError> {
     })
 }
 
-/// Makes a region under another name, formats it, and renames it into place: nobody sees it half-made.
+/// Makes a region and renames it into place: nobody sees it half-made.
 fn create(path: &Path, words: usize, format: impl FnOnce(&[Word])) -> Result<Mapping, MapError> {
+    let (temporary, mapping) = prepare(path, words, format)?;
+    let io = |source| MapError::Io {
+        operation: "rename into place",
+        path: path.to_owned(),
+        source,
+    };
+    std::fs::rename(&temporary, path).map_err(io)?;
+    Ok(mapping)
+}
+
+/// Makes a region beside its place, under another name.
+fn prepare(
+    path: &Path,
+    words: usize,
+    format: impl FnOnce(&[Word]),
+) -> Result<(PathBuf, Mapping), MapError> {
     let io = |operation| {
         move |source| MapError::Io {
             operation,
@@ -290,18 +348,30 @@ fn create(path: &Path, words: usize, format: impl FnOnce(&[Word])) -> Result<Map
             source,
         }
     };
-    let temporary = path.with_extension(format!("new-{}", std::process::id()));
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(io("create directory for"))?;
+    }
+    // The process id alone may not be unique: two containers that share the directory have one process 1 each. Nor is
+    // an existing file taken over: its maker may have it mapped, and truncating it would kill that process.
+    let unique = format!("new-{}-{:x}", std::process::id(), monotonic_ns());
+    let temporary = path.with_extension(unique);
     let file = open_options(true)
-        .create(true)
-        .truncate(true)
+        .create_new(true)
         .open(&temporary)
         .map_err(io("create"))?;
-    file.set_len((words * size_of::<Word>()) as u64)
-        .map_err(io("size"))?;
-    let mapping = Mapping::of(&file, words, true).map_err(io("map"))?;
-    format(mapping.words());
-    std::fs::rename(&temporary, path).map_err(io("rename into place"))?;
-    Ok(mapping)
+    let made = file
+        .set_len((words * size_of::<Word>()) as u64)
+        .and_then(|()| Mapping::of(&file, words, true));
+    match made {
+        Ok(mapping) => {
+            format(mapping.words());
+            Ok((temporary, mapping))
+        }
+        Err(error) => {
+            let _ = std::fs::remove_file(&temporary);
+            Err(io("size and map")(error))
+        }
+    }
 }
 
 fn open(

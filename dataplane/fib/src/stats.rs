@@ -12,6 +12,14 @@
 //! A worker counts in plain integers of its own and copies them here in housekeeping, so no counter's cache line is
 //! written per packet. The pin has a cache line for itself. Times are CLOCK_MONOTONIC in nanoseconds, which all
 //! processes of a machine share.
+//!
+//! Readers map the region read-only, so they load relaxed and put an acquire fence behind (see [`crate::publish`]):
+//!
+//! **SYNC format.** The magic is stored last, with release: who sees it sees the rest of the header.
+//! **SYNC announce.** The number of workers is stored with release after their identities and the number of NICs: who
+//! counts a worker sees its name. **SYNC heartbeat.** A worker's heartbeat is stored with release after its counters:
+//! the counters are never older than the heartbeat beside them. None of these guards memory that is written again, so
+//! weakening one makes a report stale, not torn.
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -19,7 +27,7 @@ use alloc::vec::Vec;
 use crate::ABI_VERSION;
 use crate::drop_reason::DropReason;
 use crate::publish::{ImageRef, RegionError};
-use crate::sync::{Ordering, Word};
+use crate::sync::{Ordering, Word, fence};
 
 /// First word of a stats region: "RIPSSTA1".
 pub const STATS_MAGIC: u64 = u64::from_le_bytes(*b"RIPSSTA1");
@@ -117,14 +125,10 @@ catalogue! {
     Gauge {
         /// Free, in the worker's pool.
         Free = "free";
-        /// Lent to the kernel for receiving (fill ring).
-        Fill = "fill";
-        /// Received, waiting in the receive ring.
-        Received = "received";
-        /// Handed over for transmission (transmit ring).
-        Transmit = "transmit";
-        /// Transmitted, waiting in the completion ring.
-        Completed = "completed";
+        /// With the NIC queue for receiving: in the fill ring, with the driver, or in the receive ring.
+        Receiving = "receiving";
+        /// With the NIC queue for transmission: in the transmit ring, with the driver, or in the completion ring.
+        Transmitting = "transmitting";
         /// In the worker's hands at this moment.
         Held = "held";
     }
@@ -149,24 +153,26 @@ catalogue! {
 }
 
 catalogue! {
-    /// What the XDP program did with the frames of a NIC. Each frame counts once.
+    /// What became of the frames that the XDP program of a NIC saw. Each frame has exactly one outcome.
     XdpCounter {
-        /// Handed to a worker's socket.
+        /// Tunnel packet, handed to the worker of its receive queue.
         Redirected = "redirected";
-        /// A tunnel packet of ours on a queue without a socket: the kernel's own tunnel device takes it.
+        /// Tunnel packet on a receive queue without a worker, left to the kernel: add a configuration file for that queue.
         NoSocket = "no_socket";
-        /// An outer fragment for our address: the kernel reassembles it and takes it.
+        /// UDP fragment to this node, left to the kernel: a path MTU below the tunnel's outer packet.
         Fragment = "fragment";
-        /// A UDP packet for our address with IP options: left to the kernel.
+        /// Tunnel packet with IP options, left to the kernel.
         IpOptions = "ip_options";
-        /// A UDP packet for our address and port whose lengths contradict the frame: left to the kernel, which drops it.
+        /// Tunnel packet whose IP, UDP and frame lengths disagree, left to the kernel: a broken or hostile sender.
         BadLength = "bad_length";
-        /// A UDP packet for our address and port with other VXLAN flags than RFC 7348's: left to the kernel.
+        /// Tunnel packet with unknown VXLAN flags or reserved bits, left to the kernel: a sender with extensions.
         VxlanFlags = "vxlan_flags";
-        /// A VXLAN packet for our address and port with another VNI: left to the kernel.
+        /// Tunnel packet of another VNI, left to the kernel: another overlay, or a peer configured differently.
         OtherVni = "other_vni";
-        /// Not tunnel traffic of ours: ARP, SSH, everything else goes to the kernel untouched.
-        Passed = "passed";
+        /// Tunnel packet longer than a UMEM frame, left to the kernel: raise umem.frameSize; in generic mode GRO makes them.
+        TooLong = "too_long";
+        /// Not for the tunnel, left to the kernel.
+        PassedOther = "passed_other";
     }
 }
 
@@ -254,9 +260,11 @@ impl WorkerCounters {
         self.drops[reason.index()] += 1;
     }
 
-    /// All drops together.
+    /// All drops together; saturates, since the counts may come from a damaged region.
     pub fn drops_total(&self) -> u64 {
-        self.drops.iter().sum()
+        self.drops
+            .iter()
+            .fold(0, |total, count| total.saturating_add(*count))
     }
 }
 
@@ -308,7 +316,7 @@ impl<'r> Stats<'r> {
         words[3].store(WORKERS as u64, Ordering::Relaxed);
         words[4].store(u64::from(pid), Ordering::Relaxed);
         words[5].store(now_ns, Ordering::Relaxed);
-        words[0].store(STATS_MAGIC, Ordering::Release);
+        words[0].store(STATS_MAGIC, Ordering::Release); // SYNC format
         Self { words }
     }
 
@@ -320,14 +328,16 @@ impl<'r> Stats<'r> {
         let load = |index: usize| {
             words
                 .get(index)
-                .map_or(0, |word| word.load(Ordering::Acquire))
+                .map_or(0, |word| word.load(Ordering::Relaxed))
         };
-        if load(0) != STATS_MAGIC {
+        let magic = load(0);
+        if magic != STATS_MAGIC {
             return Err(RegionError::Magic {
-                found: load(0),
+                found: magic,
                 expected: STATS_MAGIC,
             });
         }
+        fence(Ordering::Acquire); // SYNC format
         if load(1) != u64::from(ABI_VERSION) {
             return Err(RegionError::Abi { found: load(1) });
         }
@@ -383,7 +393,7 @@ impl<'r> Stats<'r> {
     /// Says how many workers and NICs there are; their identities have been written before.
     pub fn announce(&self, workers: usize, nics: usize) {
         self.words[7].store(nics as u64, Ordering::Relaxed);
-        self.words[6].store(workers as u64, Ordering::Release);
+        self.words[6].store(workers as u64, Ordering::Release); // SYNC announce
     }
 
     /// Writes the identity of a worker.
@@ -425,7 +435,7 @@ impl<'r> Stats<'r> {
         self.worker_word(worker, W_GENERATION)
             .store(generation, Ordering::Relaxed);
         self.worker_word(worker, W_HEARTBEAT)
-            .store(now_ns, Ordering::Release);
+            .store(now_ns, Ordering::Release); // SYNC heartbeat
     }
 
     /// Publishes the kernel's statistics of a worker's socket.
@@ -455,8 +465,9 @@ impl<'r> Stats<'r> {
 
     /// All workers, as last published.
     pub fn workers(&self) -> Vec<WorkerStats> {
-        let count = usize::try_from(self.load(6)).unwrap_or(0).min(WORKERS);
-        (0..count).map(|worker| self.worker(worker)).collect()
+        (0..self.announced())
+            .map(|worker| self.worker(worker))
+            .collect()
     }
 
     /// All NICs, as last published.
@@ -465,6 +476,7 @@ impl<'r> Stats<'r> {
         reason = "narrow values are packed into words"
     )]
     pub fn nics(&self) -> Vec<NicStats> {
+        self.announced(); // Makes the number of NICs and their names visible.
         let count = usize::try_from(self.load(7)).unwrap_or(0).min(NICS);
         let nic = |index: usize| {
             let base = NIC_BLOCKS + index * NIC_WORDS;
@@ -485,9 +497,8 @@ impl<'r> Stats<'r> {
     )]
     fn worker(&self, worker: usize) -> WorkerStats {
         let load = |field: usize| self.worker_word(worker, field).load(Ordering::Relaxed);
-        let heartbeat_ns = self
-            .worker_word(worker, W_HEARTBEAT)
-            .load(Ordering::Acquire);
+        let heartbeat_ns = load(W_HEARTBEAT);
+        fence(Ordering::Acquire); // SYNC heartbeat
         let (place, facts, frames) = (load(W_PLACE), load(W_FACTS), load(W_FRAMES));
         let mode = Mode::ALL
             .get((facts & 0xff) as usize)
@@ -516,6 +527,13 @@ impl<'r> Stats<'r> {
             gauges: core::array::from_fn(|index| load(W_GAUGES + index)),
             kernel: core::array::from_fn(|index| load(W_KERNEL + index)),
         }
+    }
+
+    /// Number of workers announced; what was written before the announcement is visible behind this.
+    fn announced(&self) -> usize {
+        let count = usize::try_from(self.load(6)).unwrap_or(0).min(WORKERS);
+        fence(Ordering::Acquire); // SYNC announce
+        count
     }
 
     fn store_all(&self, worker: usize, first: usize, values: &[u64]) {

@@ -1,0 +1,529 @@
+//! Setting the data plane up, and taking it down in an order that loses nothing.
+//!
+//! ```text
+//!   check every configuration file ─► lock ─► regions ─► host door ─► per NIC: XDP program
+//!                                                                 ─► per queue: UMEM, socket, worker thread
+//!   then: watch the fib region, publish statistics, wait for a signal
+//! ```
+//!
+//! Until the first table is accepted the XDP programs pass everything, so a data plane without a control plane
+//! changes nothing for anybody. When the process ends, however it ends, the kernel detaches the programs, closes the
+//! sockets and removes the host door: its own tunnel path carries the traffic.
+
+use core::sync::atomic::{AtomicBool, Ordering};
+use core::time::Duration;
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use af_xdp::{Interface, Memory, Socket, SocketHandle, SocketOptions, Umem, UmemOptions};
+use crossbeam::channel::{Receiver, RecvTimeoutError};
+use crossbeam::utils::CachePadded;
+use ripstop_fib::map::{self, MapError, Mapping, ProcessLock};
+use ripstop_fib::stats::{KernelCounter, Mode, Polling, Stats, WorkerIdentity};
+use ripstop_fib::{Reader, Region};
+
+use crate::config::{self, ConfigErrors, HostFacts, WorkerConfig};
+use crate::nic::Nic;
+use crate::nic_queue::NicQueue;
+use crate::pace::{Pace, Waker};
+use crate::tun::{self, TunError, TunQueue};
+use crate::watcher::{self, TableWatcher};
+use crate::worker::{Parts, Worker};
+use crate::xdp::{AttachMode, AttachedMode, XdpError, XdpProgram};
+
+/// How often the watcher looks for a new table.
+const WATCH: Duration = Duration::from_millis(2);
+/// Looks between two publications of the kernel's statistics: every 100 ms.
+const STATISTICS_LOOKS: u32 = 50;
+/// How long packets that are on their way through the workers get before the workers stop.
+const DRAIN: Duration = Duration::from_millis(50);
+
+/// Where the data plane finds its files.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Directory with one JSON file per NIC queue.
+    pub config_dir: PathBuf,
+    /// Directory of the shared-memory regions.
+    pub run_dir: PathBuf,
+}
+
+/// Why the data plane could not be set up, or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// Something is wrong in the configuration, or the machine does not have what it asks for.
+    #[error("{0}")]
+    Config(#[from] ConfigErrors),
+    /// The machine could not be asked.
+    #[error(transparent)]
+    Facts(#[from] config::HostError),
+    /// A shared-memory region or the lock is not to be had.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// A region is not of this version.
+    #[error("{}: {source}; stop Ripstop on this node, remove the file, start again", path.display())]
+    Region {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ripstop_fib::publish::RegionError,
+    },
+    /// The host door could not be made.
+    #[error(transparent)]
+    Tun(#[from] TunError),
+    /// The XDP program could not be loaded, attached or configured.
+    #[error(transparent)]
+    Xdp(#[from] XdpError),
+    /// A socket or its UMEM could not be had.
+    #[error("{}: {source}", file.display())]
+    Socket {
+        /// The queue's configuration file.
+        file: PathBuf,
+        /// What failed.
+        source: af_xdp::Error,
+    },
+    /// Files about one NIC ask for XDP in different places.
+    #[error("{}: mode generic, but {} wants another mode on the same NIC; the XDP program sits in one place per NIC: use one mode for all its queues", generic.display(), other.display())]
+    MixedModes {
+        /// A file that asks for generic mode.
+        generic: PathBuf,
+        /// A file that does not.
+        other: PathBuf,
+    },
+    /// There are more workers or NICs than the stats region has places for.
+    #[error(
+        "{count} {what}, at most {max} are possible; use fewer files in the configuration directory"
+    )]
+    TooMany {
+        /// Workers or NICs.
+        what: &'static str,
+        /// How many there are.
+        count: usize,
+        /// How many there may be.
+        max: usize,
+    },
+    /// A thread or a wake-up could not be made.
+    #[error("start worker of {}: {source}", file.display())]
+    Thread {
+        /// The queue's configuration file.
+        file: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The NIC went away under a running worker.
+    #[error(
+        "{nic} queue {queue}: {source}; the kernel's own tunnel path carries the traffic, start the data plane again when the NIC is back"
+    )]
+    NicGone {
+        /// The NIC.
+        nic: String,
+        /// The queue.
+        queue: u32,
+        /// What the socket reports.
+        source: af_xdp::Error,
+    },
+}
+
+/// Reads and checks the configuration against the machine, and changes nothing.
+///
+/// # Errors
+/// Everything that is wrong, at once.
+pub fn check(config_dir: &Path) -> Result<(Vec<WorkerConfig>, HostFacts), HostError> {
+    let workers = config::load_dir(config_dir)?;
+    let facts = HostFacts::read(workers.iter().map(|worker| worker.nic.as_str()))?;
+    config::check_host(&workers, &facts)?;
+    check_modes(&workers)?;
+    at_most("workers", workers.len(), ripstop_fib::stats::WORKERS)?;
+    at_most("NICs", facts.nics.len(), ripstop_fib::stats::NICS)?;
+    for warning in config::warnings(&workers, &facts) {
+        tracing::warn!("{warning}");
+    }
+    Ok((workers, facts))
+}
+
+/// Runs the data plane until `signals` delivers one (or is closed).
+///
+/// # Errors
+/// When it cannot be set up, or has to stop because a NIC is gone.
+pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> {
+    let (workers, facts) = check(&options.config_dir)?;
+    let _lock = ProcessLock::acquire(&options.run_dir, map::DATAPLANE_LOCK)?;
+    let regions = Regions::open(&options.run_dir)?;
+    let mut nics = attach_programs(&workers, &facts)?;
+    let doors = tun::open(workers.len())?;
+    let stop = Arc::new(CachePadded::new(AtomicBool::new(false)));
+    let mut running = Vec::new();
+    for (index, (config, door)) in workers.iter().zip(doors).enumerate() {
+        let Some(nic) = nics.get_mut(&config.nic) else {
+            continue;
+        };
+        running.push(start(index, config, nic, door, regions, &stop)?);
+    }
+    regions.stats.announce(workers.len(), nics.len());
+    tracing::info!(
+        workers = running.len(),
+        nics = nics.len(),
+        "data plane is up, waiting for tables"
+    );
+
+    let outcome = watch(regions, &mut nics, &running, signals);
+    shut_down(&mut nics, running, &stop);
+    outcome
+}
+
+/// The two shared-memory regions. They are mapped for as long as the process lives.
+#[derive(Debug, Clone, Copy)]
+struct Regions {
+    fib: Region<'static>,
+    stats: Stats<'static>,
+}
+
+impl Regions {
+    fn open(run_dir: &Path) -> Result<Self, HostError> {
+        let forever = |mapping: Mapping| Box::leak(Box::new(mapping)).words();
+        let bad = |name: &str| {
+            let path = run_dir.join(name);
+            move |source| HostError::Region { path, source }
+        };
+        let fib = forever(map::open_or_create_fib(run_dir)?);
+        let stats = forever(map::create_stats(
+            run_dir,
+            std::process::id(),
+            map::monotonic_ns(),
+        )?);
+        Ok(Self {
+            fib: Region::attach(fib).map_err(bad(map::FIB_FILE))?,
+            stats: Stats::attach(stats).map_err(bad(map::STATS_FILE))?,
+        })
+    }
+}
+
+/// A NIC with our XDP program on it.
+#[derive(Debug)]
+struct AttachedNic {
+    nic: Nic,
+    program: XdpProgram,
+    mode: AttachedMode,
+    index: usize,
+}
+
+fn attach_programs(
+    workers: &[WorkerConfig],
+    facts: &HostFacts,
+) -> Result<BTreeMap<String, AttachedNic>, HostError> {
+    let mut attached = BTreeMap::new();
+    for (index, (name, nic)) in facts.nics.iter().enumerate() {
+        let of_nic = || workers.iter().filter(|worker| worker.nic == *name);
+        let frame_bytes = of_nic()
+            .map(|worker| worker.umem.frame_size().packet_bytes_max())
+            .min()
+            .unwrap_or(0);
+        let wanted = if of_nic().any(|worker| worker.mode == config::Mode::Generic) {
+            AttachMode::Generic
+        } else if of_nic().all(|worker| worker.mode == config::Mode::Auto) {
+            AttachMode::Auto
+        } else {
+            AttachMode::Native
+        };
+        let mut program = XdpProgram::load(frame_bytes)?;
+        let mode = program.attach(nic, wanted)?;
+        tracing::info!(nic = name, driver = nic.driver, queues = nic.rx_queues, %mode, "XDP program attached");
+        attached.insert(
+            name.clone(),
+            AttachedNic {
+                nic: nic.clone(),
+                program,
+                mode,
+                index,
+            },
+        );
+    }
+    Ok(attached)
+}
+
+fn check_modes(workers: &[WorkerConfig]) -> Result<(), HostError> {
+    let generic = |worker: &&WorkerConfig| worker.mode == config::Mode::Generic;
+    for worker in workers.iter().filter(generic) {
+        let other = workers
+            .iter()
+            .find(|other| other.nic == worker.nic && !generic(other));
+        if let Some(other) = other {
+            return Err(HostError::MixedModes {
+                generic: worker.file.clone(),
+                other: other.file.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn at_most(what: &'static str, count: usize, max: usize) -> Result<(), HostError> {
+    if count > max {
+        Err(HostError::TooMany { what, count, max })
+    } else {
+        Ok(())
+    }
+}
+
+/// A worker's thread, and what the watcher needs of it.
+#[derive(Debug)]
+struct Running {
+    thread: JoinHandle<()>,
+    socket: SocketHandle,
+    waker: Waker,
+}
+
+fn start(
+    index: usize,
+    config: &WorkerConfig,
+    nic: &mut AttachedNic,
+    door: TunQueue,
+    regions: Regions,
+    stop: &Arc<CachePadded<AtomicBool>>,
+) -> Result<Running, HostError> {
+    let socket_error = |source| HostError::Socket {
+        file: config.file.clone(),
+        source,
+    };
+    let thread_error = |source| HostError::Thread {
+        file: config.file.clone(),
+        source,
+    };
+    let mut umem = Umem::new(&umem_options(config)).map_err(socket_error)?;
+    let interface = Interface::by_index(nic.nic.index).map_err(socket_error)?;
+    let options = socket_options(config);
+    let Socket {
+        receiver,
+        transmitter,
+        handle,
+    } = Socket::open(&mut umem, &interface, config.queue, &options).map_err(socket_error)?;
+    let identity = identity(config, nic.mode, &handle);
+    tracing::info!(
+        nic = config.nic,
+        queue = config.queue,
+        cpu = config.cpu,
+        mode = identity.mode.name(),
+        polling = identity.polling.name(),
+        "worker starts"
+    );
+    let waker = Waker::new().map_err(thread_error)?;
+    let clone = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(thread_error);
+    let wakers = vec![
+        clone(handle.as_fd())?,
+        clone(door.as_fd())?,
+        waker.handle().map_err(thread_error)?,
+    ];
+    let mut pace = Pace::new(identity.polling, wakers);
+    let burst = config.burst.frames() as usize;
+    let mut nic_queue = NicQueue::new(
+        receiver,
+        transmitter,
+        options.tx_entries as usize,
+        2 * burst,
+    );
+    crate::port::Port::refill(&mut nic_queue, &mut umem);
+    nic.program.register_socket(config.queue, handle.as_fd())?;
+    regions.stats.write_identity(index, &identity);
+    let mut worker = Worker::new(Parts {
+        umem,
+        nic: nic_queue,
+        host: door,
+        reader: Reader::new(regions.fib, regions.stats.worker_pin(index)),
+        accepted: regions.stats.accepted(),
+        stats: regions.stats,
+        index,
+        burst,
+    });
+    let stop = Arc::clone(stop);
+    let cpu = config.cpu as usize;
+    let thread = std::thread::Builder::new()
+        .name(format!("worker-{}-q{}", config.nic, config.queue))
+        .spawn(move || {
+            let _abort = AbortOnPanic;
+            if !core_affinity::set_for_current(core_affinity::CoreId { id: cpu }) {
+                tracing::error!(
+                    cpu,
+                    "the worker could not be pinned to its CPU; it runs where the scheduler puts it"
+                );
+            }
+            worker.housekeeping(map::monotonic_ns());
+            worker.run(&mut pace, &stop);
+            worker.housekeeping(map::monotonic_ns());
+        })
+        .map_err(thread_error)?;
+    Ok(Running {
+        thread,
+        socket: handle,
+        waker,
+    })
+}
+
+fn umem_options(config: &WorkerConfig) -> UmemOptions {
+    UmemOptions {
+        frames: config.umem.frames(),
+        frame_size: config.umem.frame_size().bytes(),
+        memory: Memory::File,
+        huge_pages: config.umem.huge_pages(),
+        ..UmemOptions::default()
+    }
+}
+
+fn socket_options(config: &WorkerConfig) -> SocketOptions {
+    SocketOptions {
+        mode: match config.mode {
+            config::Mode::Auto => af_xdp::Mode::Auto,
+            config::Mode::ZeroCopy => af_xdp::Mode::ZeroCopy,
+            config::Mode::Copy | config::Mode::Generic => af_xdp::Mode::Copy,
+        },
+        fill_entries: config.rings.fill.entries(),
+        rx_entries: config.rings.rx.entries(),
+        tx_entries: config.rings.tx.entries(),
+        completion_entries: config.rings.completion.entries(),
+        busy_poll: config.busy_poll.map(|poll| af_xdp::BusyPoll {
+            timeout_us: poll.microseconds,
+            budget: poll.budget.into(),
+        }),
+        ..SocketOptions::default()
+    }
+}
+
+fn identity(
+    config: &WorkerConfig,
+    attached: AttachedMode,
+    socket: &SocketHandle,
+) -> WorkerIdentity {
+    WorkerIdentity {
+        nic: config.nic.clone(),
+        queue: config.queue,
+        cpu: config.cpu,
+        mode: match (attached, socket.mode()) {
+            (AttachedMode::Generic, _) => Mode::Generic,
+            (AttachedMode::Native, af_xdp::ModeInUse::ZeroCopy) => Mode::ZeroCopy,
+            (AttachedMode::Native, af_xdp::ModeInUse::Copy) => Mode::Copy,
+        },
+        polling: match config.polling {
+            config::Polling::Busy => Polling::Busy,
+            config::Polling::Adaptive => Polling::Adaptive,
+        },
+        frames: config.umem.frames(),
+        frame_size: config.umem.frame_size().bytes(),
+    }
+}
+
+/// Ends the process when a worker panics: a process with a dead worker would hold its queue and the host door open
+/// and serve neither, while a dead process leaves both to the kernel.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+/// Follows the fib region and publishes statistics until a signal comes.
+fn watch(
+    regions: Regions,
+    nics: &mut BTreeMap<String, AttachedNic>,
+    running: &[Running],
+    signals: &Receiver<i32>,
+) -> Result<(), HostError> {
+    let mut tables = TableWatcher::new(regions.fib, regions.stats);
+    let mut tunnel = None;
+    let mut looks = 0;
+    loop {
+        match tables.look() {
+            Some(Ok(accepted)) => {
+                tracing::info!(
+                    generation = accepted.generation,
+                    bytes = accepted.bytes,
+                    "table accepted"
+                );
+                if tunnel != Some(accepted.tunnel) {
+                    for attached in nics.values_mut() {
+                        attached.program.configure(&accepted.tunnel)?;
+                    }
+                    tunnel = Some(accepted.tunnel);
+                }
+                running.iter().for_each(|worker| worker.waker.wake());
+            }
+            Some(Err(error)) => {
+                tracing::error!(%error, "new table refused, the workers go on with the one they have");
+            }
+            None => {}
+        }
+        if looks % STATISTICS_LOOKS == 0 {
+            publish_statistics(regions.stats, nics, running)?;
+        }
+        looks += 1;
+        match signals.recv_timeout(WATCH) {
+            Err(RecvTimeoutError::Timeout) => {}
+            Ok(signal) => {
+                tracing::info!(signal, "stopping");
+                return Ok(());
+            }
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+    }
+}
+
+fn publish_statistics(
+    stats: Stats<'_>,
+    nics: &BTreeMap<String, AttachedNic>,
+    running: &[Running],
+) -> Result<(), HostError> {
+    for attached in nics.values() {
+        let counters = attached.program.counters()?;
+        let native = attached.mode == AttachedMode::Native;
+        let of_nic = watcher::nic_stats(
+            &attached.nic.name,
+            attached.nic.rx_queues,
+            native,
+            &counters,
+        );
+        stats.write_nic(attached.index, &of_nic);
+    }
+    for (index, worker) in running.iter().enumerate() {
+        let socket = &worker.socket;
+        let gone = |source| HostError::NicGone {
+            nic: socket.interface().name().to_owned(),
+            queue: socket.queue(),
+            source,
+        };
+        socket.socket_error().map_err(gone)?;
+        let kernel = socket.statistics().map_err(gone)?;
+        let mut values = [0; KernelCounter::COUNT];
+        values[KernelCounter::RxDropped as usize] = kernel.rx_dropped;
+        values[KernelCounter::RxInvalidDescriptors as usize] = kernel.rx_invalid_descs;
+        values[KernelCounter::TxInvalidDescriptors as usize] = kernel.tx_invalid_descs;
+        values[KernelCounter::RxRingFull as usize] = kernel.rx_ring_full;
+        values[KernelCounter::FillRingEmpty as usize] = kernel.rx_fill_ring_empty_descs;
+        values[KernelCounter::TxRingEmpty as usize] = kernel.tx_ring_empty_descs;
+        stats.write_kernel(index, &values);
+    }
+    Ok(())
+}
+
+/// Hands the traffic back to the kernel, then lets the workers finish what they have.
+fn shut_down(nics: &mut BTreeMap<String, AttachedNic>, running: Vec<Running>, stop: &AtomicBool) {
+    for attached in nics.values_mut() {
+        if let Err(error) = attached.program.disable() {
+            tracing::warn!(%error, "the XDP program could not be switched off; it goes with the process");
+        }
+    }
+    if let Err(error) = tun::take_down() {
+        tracing::warn!(%error, "{} could not be taken down; it goes with the process", tun::HOST_DOOR);
+    }
+    std::thread::sleep(DRAIN);
+    stop.store(true, Ordering::Relaxed);
+    for worker in running {
+        worker.waker.wake();
+        // A worker that panicked has ended the process already.
+        let _ = worker.thread.join();
+    }
+    tracing::info!("data plane stopped");
+}

@@ -1,0 +1,154 @@
+//! When a worker turns, sleeps and does its housekeeping. The worker itself reads no clock.
+#![expect(unsafe_code, reason = "poll(2) has no safe interface in std")]
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use ripstop_fib::map::monotonic_ns;
+use ripstop_fib::stats::Polling;
+
+use crate::worker::HOUSEKEEPING_TURNS;
+
+/// Turns without a packet before an adaptive worker sleeps: some ten microseconds, about what waking up costs.
+const IDLE_TURNS: u32 = 16;
+/// Longest sleep in milliseconds. A heartbeat older than a second means that the worker is stuck.
+const SLEEP_MS: i32 = 100;
+/// Least time between two housekeepings that are done on the way to sleep.
+const HOUSEKEEPING_NS: u64 = 10_000_000;
+
+/// What is due after a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Due {
+    /// The next turn.
+    Turn,
+    /// Housekeeping at this time (CLOCK_MONOTONIC in nanoseconds), then the next turn.
+    Housekeeping(u64),
+    /// Sleep, as nothing comes; housekeeping at this time first, if given.
+    Sleep(Option<u64>),
+}
+
+/// Decides what is due, and sleeps.
+#[derive(Debug)]
+pub struct Pace {
+    polling: Polling,
+    /// Readable when there is something to do: NIC queue, host door, and the watcher's wake-up.
+    wakers: Vec<OwnedFd>,
+    turns: u32,
+    idle: u32,
+    last_housekeeping_ns: u64,
+}
+
+impl Pace {
+    /// A pace for a worker that any of `wakers` wakes.
+    pub fn new(polling: Polling, wakers: Vec<OwnedFd>) -> Self {
+        Self {
+            polling,
+            wakers,
+            turns: 0,
+            idle: 0,
+            last_housekeeping_ns: 0,
+        }
+    }
+
+    /// What is due after a turn that had `work` packets in hand.
+    #[inline]
+    pub fn after_turn(&mut self, work: usize) -> Due {
+        self.turns += 1;
+        if work > 0 {
+            self.idle = 0;
+        } else {
+            self.idle += 1;
+            if self.polling == Polling::Adaptive && self.idle >= IDLE_TURNS {
+                return self.before_sleep();
+            }
+            core::hint::spin_loop();
+        }
+        if self.turns < HOUSEKEEPING_TURNS {
+            Due::Turn
+        } else {
+            Due::Housekeeping(self.housekeeping_at(monotonic_ns()))
+        }
+    }
+
+    /// Sleeps until a packet arrives, somebody wakes the worker, or it is time for a heartbeat.
+    pub fn sleep(&mut self) {
+        let poll = |fd: &OwnedFd| libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let mut fds = [libc::pollfd {
+            fd: -1,
+            events: 0,
+            revents: 0,
+        }; 4];
+        for (place, fd) in fds.iter_mut().zip(&self.wakers) {
+            *place = poll(fd);
+        }
+        // SAFETY: `fds` is an array of as many valid entries as stated; entries with descriptor -1 are ignored.
+        unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, SLEEP_MS) };
+        if let Some(wake) = self
+            .wakers
+            .last()
+            .filter(|_| fds.iter().any(|fd| fd.revents != 0))
+        {
+            drain(wake);
+        }
+        self.idle = 0;
+    }
+
+    #[cold]
+    fn before_sleep(&mut self) -> Due {
+        let now = monotonic_ns();
+        let due = now.saturating_sub(self.last_housekeeping_ns) >= HOUSEKEEPING_NS;
+        Due::Sleep(due.then(|| self.housekeeping_at(now)))
+    }
+
+    fn housekeeping_at(&mut self, now: u64) -> u64 {
+        self.turns = 0;
+        self.last_housekeeping_ns = now;
+        now
+    }
+}
+
+/// An event counter by which another thread wakes a worker.
+#[derive(Debug)]
+pub struct Waker(OwnedFd);
+
+impl Waker {
+    /// A new one.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: eventfd(2) takes two integers and returns a new descriptor or -1.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new and nobody else has it.
+        Ok(Self(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) }))
+    }
+
+    /// Wakes the worker.
+    pub fn wake(&self) {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: writes eight bytes that live for the call. A full counter means that a wake-up is pending.
+        unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    }
+
+    /// Another handle, for the worker to sleep on.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn handle(&self) -> io::Result<OwnedFd> {
+        self.0.try_clone()
+    }
+}
+
+/// Resets an event counter.
+fn drain(fd: &OwnedFd) {
+    let mut count = [0u8; 8];
+    // SAFETY: reads at most eight bytes into an array of eight; the descriptor does not block.
+    unsafe { libc::read(fd.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
+}

@@ -1,0 +1,44 @@
+//! What a worker moves packets between: the NIC queue and the host door are both a [`Port`].
+
+use af_xdp::{Frame, Umem};
+
+use crate::verdict::DropReason;
+
+/// A burst of frames. Its capacity is made once, so that pushing never allocates.
+pub type Burst = Vec<Frame>;
+
+/// What a port did with a burst.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Transmitted {
+    /// Packets taken.
+    pub packets: u64,
+    /// Bytes of those.
+    pub bytes: u64,
+}
+
+/// One side of a worker. Frames are tokens: what a port takes is gone from the caller, what it returns is the caller's.
+pub trait Port {
+    /// Why a packet that this port would not take is dropped.
+    const REFUSED: DropReason;
+
+    /// Brings back the frames whose transmission is over.
+    fn reclaim(&mut self, umem: &mut Umem);
+
+    /// Lends free frames for receiving.
+    fn refill(&mut self, umem: &mut Umem);
+
+    /// Appends at most `most` received packets to an empty burst.
+    fn receive(&mut self, umem: &mut Umem, burst: &mut Burst, most: usize);
+
+    /// How many packets [`Port::transmit`] is sure to take at this moment.
+    fn room(&mut self) -> usize;
+
+    /// Transmits from the front of the burst; what it leaves in the burst was refused.
+    fn transmit(&mut self, umem: &mut Umem, burst: &mut Burst) -> Transmitted;
+
+    /// How many packets wait to be transmitted.
+    fn pending(&self) -> usize;
+
+    /// Tells the kernel what it must be told after a turn; returns the number of system calls that took.
+    fn flush(&mut self) -> u64;
+}

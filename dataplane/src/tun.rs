@@ -1,0 +1,269 @@
+//! The host door as a TUN device: `rip0`, one queue per worker.
+//!
+//! The device is not persistent: it lives as long as this process holds its descriptors. When the process dies the
+//! kernel removes it, with it every route through it, and the next packet takes the main table.
+//!
+//! Each packet is one read or write, with a virtio-net header before it. No offload is negotiated, so that header is
+//! always zero: checksums are complete and no packet is longer than the MTU.
+#![expect(
+    unsafe_code,
+    reason = "TUN queues are made by ioctl(2) and read with readv(2)"
+)]
+
+use core::ffi::{c_int, c_short};
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice, Write as _};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use af_xdp::Umem;
+
+use crate::port::{Burst, Port, Transmitted};
+use crate::verdict::{DropReason, HEADER_LEN};
+
+/// Name of the host door.
+pub const HOST_DOOR: &str = "rip0";
+
+/// Length of `struct virtio_net_hdr` without the merged-buffers field (include/uapi/linux/virtio_net.h).
+const VIRTIO_HEADER_LEN: usize = 10;
+/// Packets that the kernel queues for a worker that is late. The kernel's own default of 500 is 25 ms of 20,000
+/// packets a second, less than a busy machine's scheduler takes now and then.
+const QUEUE_PACKETS: c_int = 2048;
+/// Room before a packet for the header that is pushed, so placed that the packet starts on a cache line.
+const HEADROOM: usize = 2 * HEADER_LEN - af_xdp::FRAME_RESERVED as usize;
+
+/// Why the host door could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TunError {
+    /// The TUN driver is missing.
+    #[error(
+        "open /dev/net/tun: {source}; load the tun module (modprobe tun), and in a container mount /dev/net/tun"
+    )]
+    Device {
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The kernel refused an operation on the device.
+    #[error("{operation} {HOST_DOOR}: {source}; {advice}")]
+    Refused {
+        /// What was tried.
+        operation: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+        /// What to do about it.
+        advice: &'static str,
+    },
+}
+
+/// One queue of the device.
+#[derive(Debug)]
+pub struct TunQueue {
+    file: File,
+}
+
+/// Makes the device with `queues` queues and brings it up.
+///
+/// # Errors
+/// When there is no TUN driver, a device of this name exists, or CAP_NET_ADMIN is missing.
+pub fn open(queues: usize) -> Result<Vec<TunQueue>, TunError> {
+    let opened: Vec<TunQueue> = (0..queues)
+        .map(|_| TunQueue::open())
+        .collect::<Result<_, _>>()?;
+    set_up(QUEUE_PACKETS).map_err(|source| TunError::Refused {
+        operation: "bring up",
+        source,
+        advice: "the process needs CAP_NET_ADMIN",
+    })?;
+    // Pods reach this device over IPv4 only; without this the kernel's own IPv6 chatter (router solicitations, MLD)
+    // would arrive here. Best effort: a kernel without IPv6 has no such file.
+    let _ = std::fs::write(
+        format!("/proc/sys/net/ipv6/conf/{HOST_DOOR}/disable_ipv6"),
+        "1",
+    );
+    Ok(opened)
+}
+
+impl TunQueue {
+    fn open() -> Result<Self, TunError> {
+        let mut options = OpenOptions::new();
+        options
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+        let file = options
+            .open("/dev/net/tun")
+            .map_err(|source| TunError::Device { source })?;
+        let refused = |operation, advice| {
+            move |source| TunError::Refused {
+                operation,
+                source,
+                advice,
+            }
+        };
+        let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+        let mut request = request();
+        request.ifr_ifru.ifru_flags = short(flags);
+        // SAFETY: TUNSETIFF reads and writes the `ifreq` that it is given, which is valid and whole.
+        let answer = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+        let taken = "if another program made a device of this name, remove it (ip link del rip0); CAP_NET_ADMIN is needed";
+        check(answer).map_err(refused("make a queue of", taken))?;
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        let answer = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, 0) };
+        check(answer).map_err(refused(
+            "switch offloads off on",
+            "this kernel's TUN driver is too old",
+        ))?;
+        Ok(Self { file })
+    }
+
+    /// Reads one packet into `buffer`; `None` when there is none.
+    fn read(&self, buffer: &mut [u8]) -> Option<usize> {
+        let mut header = [0u8; VIRTIO_HEADER_LEN];
+        let parts = [
+            libc::iovec {
+                iov_base: header.as_mut_ptr().cast(),
+                iov_len: header.len(),
+            },
+            libc::iovec {
+                iov_base: buffer.as_mut_ptr().cast(),
+                iov_len: buffer.len(),
+            },
+        ];
+        // SAFETY: both parts point to memory of the stated length that is borrowed exclusively for the call.
+        let read = unsafe { libc::readv(self.file.as_raw_fd(), parts.as_ptr(), 2) };
+        usize::try_from(read).ok()?.checked_sub(VIRTIO_HEADER_LEN)
+    }
+}
+
+impl AsFd for TunQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Port for TunQueue {
+    const REFUSED: DropReason = DropReason::HostWriteFailed;
+
+    fn reclaim(&mut self, _umem: &mut Umem) {}
+
+    fn refill(&mut self, _umem: &mut Umem) {}
+
+    #[inline]
+    fn receive(&mut self, umem: &mut Umem, burst: &mut Burst, most: usize) {
+        while burst.len() < most {
+            let Some(mut frame) = umem.take() else { return };
+            let read = match umem.whole_mut(&mut frame, HEADROOM) {
+                Ok(buffer) => self.read(buffer),
+                Err(_no_room) => None,
+            };
+            match read {
+                Some(len) if frame.set_len(len).is_ok() => burst.push(frame),
+                _ => {
+                    umem.give(frame);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn room(&mut self) -> usize {
+        usize::MAX
+    }
+
+    /// Writes each packet; one that the kernel refuses stays in the burst.
+    #[inline]
+    fn transmit(&mut self, umem: &mut Umem, burst: &mut Burst) -> Transmitted {
+        let mut sent = Transmitted::default();
+        let mut refused = 0;
+        for at in 0..burst.len() {
+            let packet = umem.packet(&burst[at]);
+            let bytes = packet.len() as u64;
+            let parts = [IoSlice::new(&[0; VIRTIO_HEADER_LEN]), IoSlice::new(packet)];
+            if (&self.file).write_vectored(&parts).is_ok() {
+                sent.packets += 1;
+                sent.bytes += bytes;
+            } else {
+                burst.swap(refused, at);
+                refused += 1;
+            }
+        }
+        for frame in burst.drain(refused..) {
+            umem.give(frame);
+        }
+        sent
+    }
+
+    fn pending(&self) -> usize {
+        0
+    }
+
+    fn flush(&mut self) -> u64 {
+        0
+    }
+}
+
+/// An `ifreq` that names the device.
+fn request() -> libc::ifreq {
+    // SAFETY: `ifreq` is plain integers and bytes, for which zero is valid.
+    let mut request: libc::ifreq = unsafe { core::mem::zeroed() };
+    for (place, byte) in request.ifr_name.iter_mut().zip(HOST_DOOR.bytes()) {
+        *place = libc::c_char::from_ne_bytes([byte]);
+    }
+    request
+}
+
+/// Sets the transmit queue's length and brings the device up.
+fn set_up(queue_packets: c_int) -> io::Result<()> {
+    interface_ioctl(libc::SIOCSIFTXQLEN, |request| {
+        // struct ifreq has no name for ifr_qlen; it shares the union's first integer with the metric.
+        request.ifr_ifru.ifru_metric = queue_packets;
+    })?;
+    change_flags(|flags| flags | libc::IFF_UP)
+}
+
+/// Takes the device down: the kernel withdraws every route through it at once.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn take_down() -> io::Result<()> {
+    change_flags(|flags| flags & !libc::IFF_UP)
+}
+
+fn change_flags(change: impl FnOnce(c_int) -> c_int) -> io::Result<()> {
+    let answer = interface_ioctl(libc::SIOCGIFFLAGS, |_request| {})?;
+    // SAFETY: SIOCGIFFLAGS has filled the union's flags.
+    let current = unsafe { answer.ifr_ifru.ifru_flags };
+    let wanted = change(c_int::from(current));
+    interface_ioctl(libc::SIOCSIFFLAGS, |request| {
+        request.ifr_ifru.ifru_flags = short(wanted);
+    })?;
+    Ok(())
+}
+
+/// An interface ioctl on the device, through a socket made for it.
+fn interface_ioctl(
+    command: libc::c_ulong,
+    fill: impl FnOnce(&mut libc::ifreq),
+) -> io::Result<libc::ifreq> {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0")
+        .or_else(|_| std::net::UdpSocket::bind("0.0.0.0:0"))?;
+    let mut request = request();
+    fill(&mut request);
+    // SAFETY: interface ioctls read and write the `ifreq` that they are given, which is valid and whole.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), command, &raw mut request) })?;
+    Ok(request)
+}
+
+fn check(answer: c_int) -> io::Result<()> {
+    if answer < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Interface flags as the kernel's `short`: the bits are kept, the sign means nothing.
+fn short(flags: c_int) -> c_short {
+    let [low, high, ..] = flags.to_le_bytes();
+    c_short::from_le_bytes([low, high])
+}

@@ -1,0 +1,315 @@
+//! One worker: one core, one UMEM, one NIC queue, one queue of the host door.
+//!
+//! A packet from another node arrives in the NIC queue's receive ring, `forward` checks it, its tunnel headers are cut
+//! off in place, and the same frame is written to the host door. A packet from a pod is read from the host door into a
+//! frame with room in front, `forward` finds its next hop's header, the header is put before it, and the same frame
+//! goes to the NIC queue's transmit ring. A packet that does not go on leaves through `drop_packet`, with its reason.
+//!
+//! The loop takes no lock, allocates nothing and logs nothing. It picks a new forwarding table up between bursts.
+
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use af_xdp::{Frame, Umem};
+use ripstop_fib::stats::{Counter, Gauge, Stats, WorkerCounters};
+use ripstop_fib::{Reader, Word};
+
+use crate::forward;
+use crate::pace::{Due, Pace};
+use crate::port::{Burst, Port};
+use crate::table::Table;
+use crate::verdict::{DropReason, FromHost, FromNic, HEADER_LEN};
+use crate::wire;
+
+/// Turns between two housekeepings of a worker that never sleeps.
+pub const HOUSEKEEPING_TURNS: u32 = 256;
+
+/// Everything that one worker owns.
+#[derive(Debug)]
+pub struct Worker<'r, N, H> {
+    umem: Umem,
+    nic: N,
+    host: H,
+    reader: Reader<'r>,
+    accepted: &'r Word,
+    table: Option<Table<'r>>,
+    received: Burst,
+    forwarded: Burst,
+    burst: usize,
+    identification: u16,
+    /// Whether the packet that a multi-buffer packet began is still going on.
+    inside_packet: bool,
+    counters: WorkerCounters,
+    stats: Stats<'r>,
+    index: usize,
+}
+
+/// What a worker is made of.
+#[derive(Debug)]
+pub struct Parts<'r, N, H> {
+    /// Its frames.
+    pub umem: Umem,
+    /// Its NIC queue.
+    pub nic: N,
+    /// Its queue of the host door.
+    pub host: H,
+    /// Its view of the fib region.
+    pub reader: Reader<'r>,
+    /// Names the image that the watcher has accepted.
+    pub accepted: &'r Word,
+    /// Where it publishes.
+    pub stats: Stats<'r>,
+    /// Its number in the stats region.
+    pub index: usize,
+    /// Most packets of a burst.
+    pub burst: usize,
+}
+
+impl<'r, N: Port, H: Port> Worker<'r, N, H> {
+    /// Puts a worker together.
+    pub fn new(parts: Parts<'r, N, H>) -> Self {
+        let Parts {
+            umem,
+            nic,
+            host,
+            reader,
+            accepted,
+            stats,
+            index,
+            burst,
+        } = parts;
+        Self {
+            umem,
+            nic,
+            host,
+            reader,
+            accepted,
+            table: None,
+            received: Burst::with_capacity(burst),
+            forwarded: Burst::with_capacity(burst),
+            burst,
+            identification: 0,
+            inside_packet: false,
+            counters: WorkerCounters::default(),
+            stats,
+            index,
+        }
+    }
+
+    /// Turns until `stop` is set.
+    pub fn run(&mut self, pace: &mut Pace, stop: &AtomicBool) {
+        while !stop.load(Ordering::Relaxed) {
+            let work = self.turn();
+            match pace.after_turn(work) {
+                Due::Turn => {}
+                Due::Housekeeping(now_ns) => self.housekeeping(now_ns),
+                Due::Sleep(housekeeping) => {
+                    self.counters.add(Counter::Sleeps, 1);
+                    if let Some(now_ns) = housekeeping {
+                        self.housekeeping(now_ns);
+                    }
+                    pace.sleep();
+                }
+            }
+        }
+    }
+
+    /// One turn of the loop. Returns how many packets it received or has yet to transmit.
+    #[inline]
+    pub fn turn(&mut self) -> usize {
+        self.follow_table();
+        self.nic.reclaim(&mut self.umem);
+        self.nic.refill(&mut self.umem);
+        let received = self.nic_to_host() + self.host_to_nic();
+        let calls = self.nic.flush() + self.host.flush();
+        self.counters.add(Counter::Kicks, calls);
+        self.counters.add(Counter::Turns, 1);
+        self.counters
+            .add(Counter::BusyTurns, u64::from(received > 0));
+        received + self.nic.pending()
+    }
+
+    /// Publishes counters and heartbeat.
+    pub fn housekeeping(&mut self, now_ns: u64) {
+        let generation = self.table.map_or(0, |_| self.reader.pinned().generation());
+        self.stats.write_worker(
+            self.index,
+            &self.counters,
+            &self.gauges(),
+            generation,
+            now_ns,
+        );
+    }
+
+    /// What the worker has counted.
+    pub fn counters(&self) -> &WorkerCounters {
+        &self.counters
+    }
+
+    /// Where the frames are.
+    pub fn gauges(&self) -> [u64; Gauge::COUNT] {
+        let census = self.umem.census();
+        let mut gauges = [0; Gauge::COUNT];
+        gauges[Gauge::Free as usize] = census.free.into();
+        gauges[Gauge::Receiving as usize] = census.receiving.into();
+        gauges[Gauge::Transmitting as usize] = census.transmitting.into();
+        gauges[Gauge::Held as usize] = census.held.into();
+        gauges
+    }
+
+    /// The two ports, for whoever drives the worker by hand.
+    pub fn ports(&mut self) -> (&mut Umem, &mut N, &mut H) {
+        (&mut self.umem, &mut self.nic, &mut self.host)
+    }
+
+    /// Moves to the image that the watcher has accepted, if that is a new one: one acquire load a turn.
+    #[inline]
+    fn follow_table(&mut self) {
+        if self.reader.follow(self.accepted) {
+            // The watcher has attached these very words before, so this fails only for "no image".
+            self.table = Table::attach(self.reader.words()).ok();
+            self.counters.add(Counter::ImageSwitches, 1);
+        }
+    }
+
+    /// Receives a burst from other nodes and delivers it to this node.
+    #[inline]
+    fn nic_to_host(&mut self) -> usize {
+        self.nic
+            .receive(&mut self.umem, &mut self.received, self.burst);
+        let received = self.received.len();
+        if received == 0 {
+            return 0;
+        }
+        let mut bytes = 0;
+        for mut frame in self.received.drain(..) {
+            bytes += frame.len() as u64;
+            match from_nic(
+                &self.umem,
+                &mut frame,
+                self.table.as_ref(),
+                &mut self.inside_packet,
+            ) {
+                Ok(()) => self.forwarded.push(frame),
+                Err(reason) => drop_packet(&mut self.umem, &mut self.counters, frame, reason),
+            }
+        }
+        self.counters.add(Counter::NicRxPackets, received as u64);
+        self.counters.add(Counter::NicRxBytes, bytes);
+        let sent = self.host.transmit(&mut self.umem, &mut self.forwarded);
+        self.counters.add(Counter::HostTxPackets, sent.packets);
+        self.counters.add(Counter::HostTxBytes, sent.bytes);
+        for frame in self.forwarded.drain(..) {
+            drop_packet(&mut self.umem, &mut self.counters, frame, H::REFUSED);
+        }
+        received
+    }
+
+    /// Receives a burst from this node's pods and sends it to other nodes. Takes no more than can be sent, so that a
+    /// full transmit ring slows the pods down instead of losing their packets.
+    #[inline]
+    fn host_to_nic(&mut self) -> usize {
+        let most = self.burst.min(self.nic.room());
+        self.host.receive(&mut self.umem, &mut self.received, most);
+        let received = self.received.len();
+        if received == 0 {
+            return 0;
+        }
+        let mut bytes = 0;
+        for mut frame in self.received.drain(..) {
+            bytes += frame.len() as u64;
+            self.identification = self.identification.wrapping_add(1);
+            match from_host(
+                &self.umem,
+                &mut frame,
+                self.table.as_ref(),
+                self.identification,
+            ) {
+                Ok(()) => self.forwarded.push(frame),
+                Err(reason) => drop_packet(&mut self.umem, &mut self.counters, frame, reason),
+            }
+        }
+        self.counters.add(Counter::HostRxPackets, received as u64);
+        self.counters.add(Counter::HostRxBytes, bytes);
+        let sent = self.nic.transmit(&mut self.umem, &mut self.forwarded);
+        self.counters.add(Counter::NicTxPackets, sent.packets);
+        self.counters.add(Counter::NicTxBytes, sent.bytes);
+        for frame in self.forwarded.drain(..) {
+            drop_packet(&mut self.umem, &mut self.counters, frame, N::REFUSED);
+        }
+        received
+    }
+}
+
+/// The one door through which a packet leaves that is not forwarded.
+#[inline]
+fn drop_packet(umem: &mut Umem, counters: &mut WorkerCounters, frame: Frame, reason: DropReason) {
+    counters.dropped(reason);
+    umem.give(frame);
+}
+
+/// Decides about a frame from the NIC and, if it is for this node, leaves only the inner packet in it.
+#[inline]
+fn from_nic(
+    umem: &Umem,
+    frame: &mut Frame,
+    table: Option<&Table<'_>>,
+    inside_packet: &mut bool,
+) -> Result<(), DropReason> {
+    // Every part of a packet that spans frames is a packet that we do not forward.
+    let part = *inside_packet || frame.continues();
+    *inside_packet = frame.continues();
+    if part {
+        return Err(DropReason::MultiBuffer);
+    }
+    let table = table.ok_or(DropReason::NoTable)?;
+    match forward::from_nic(umem.packet(frame), table) {
+        FromNic::Deliver { strip, len, tos } => {
+            frame
+                .pop_front(strip)
+                .map_err(|_no_room| DropReason::InnerTruncated)?;
+            frame.truncate(len);
+            if let Some(tos) = tos {
+                write_tos(umem.packet_mut(frame), tos);
+            }
+            Ok(())
+        }
+        FromNic::Drop(reason) => Err(reason),
+    }
+}
+
+/// Decides about a packet from the host and, if its next hop is known, puts the tunnel header before it.
+#[inline]
+fn from_host(
+    umem: &Umem,
+    frame: &mut Frame,
+    table: Option<&Table<'_>>,
+    identification: u16,
+) -> Result<(), DropReason> {
+    let table = table.ok_or(DropReason::NoTable)?;
+    match forward::from_host(umem.packet(frame), table, identification) {
+        FromHost::Send(header) => {
+            // Every port leaves headroom for a header, so neither of these fails.
+            frame
+                .push_front(HEADER_LEN)
+                .map_err(|_no_room| DropReason::TooBig)?;
+            let front = umem
+                .packet_mut(frame)
+                .first_chunk_mut()
+                .ok_or(DropReason::TooBig)?;
+            *front = header;
+            Ok(())
+        }
+        FromHost::Drop(reason) => Err(reason),
+    }
+}
+
+/// Changes the type-of-service octet of an IPv4 header, and its checksum with it.
+fn write_tos(packet: &mut [u8], tos: u8) {
+    let Some(ip) = packet.first_chunk_mut::<{ wire::IPV4_LEN }>() else {
+        return;
+    };
+    let old = wire::be16(ip, 0);
+    ip[1] = tos;
+    let checksum = wire::checksum_after(wire::be16(ip, 10), old, wire::be16(ip, 0));
+    ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+}
