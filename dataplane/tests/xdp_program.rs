@@ -7,14 +7,16 @@
 //! is touched.
 
 #![expect(unsafe_code, reason = "unshare, AF_XDP sockets and capset by hand")]
+#![expect(clippy::unwrap_used, reason = "also in the helpers of the tests")]
 
+use core::net::Ipv4Addr;
+use core::time::Duration;
 use std::fs;
 use std::io::{self, BufRead, BufReader};
-use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use etherparse::{
     EtherType, Ethernet2Header, Ethernet2Slice, IpFragOffset, IpNumber, Ipv4Header,
@@ -238,7 +240,7 @@ impl Rig {
     /// Action and outcome of a frame on `queue`, both programs alike; one
     /// counter went up by one and no other moved.
     fn on_queue(&self, queue: u32, frame: &[u8]) -> (Action, Outcome) {
-        let mut answers = [Buffers::One, Buffers::Several].map(|buffers| {
+        let answers = [Buffers::One, Buffers::Several].map(|buffers| {
             let before = self.program.counters().unwrap();
             let action = self
                 .program
@@ -259,7 +261,7 @@ impl Rig {
             (action, moved[0])
         });
         assert_eq!(answers[0], answers[1], "the two programs differ");
-        std::mem::replace(&mut answers[0], (Action::Pass, Outcome::PassedOther))
+        answers[0]
     }
 
     fn outcome(&self, frame: &[u8]) -> Outcome {
