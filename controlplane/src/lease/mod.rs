@@ -1,0 +1,93 @@
+//! Leases: which node owns which pod subnet, and where sources of them plug in.
+//!
+//! A source is a stream of *whole* sets. Nobody downstream ever sees "lease added" or "lease removed":
+//! what changed is always the difference of two sets, so a lost event can delay a change but not lose it.
+
+pub mod file;
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam::channel::Sender;
+use ipnet::Ipv4Net;
+
+use crate::mac::Mac;
+use crate::sys::Wake;
+
+/// One node's claim on a pod subnet, with what others need to reach it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// Name of the node.
+    pub node: String,
+    /// Address of the node on the underlay: the outer address of its tunnel packets.
+    pub public_ip: Ipv4Addr,
+    /// Pod subnet, host bits clear.
+    pub subnet: Ipv4Net,
+    /// Ethernet address of the node's tunnel end point.
+    pub vtep_mac: Mac,
+}
+
+impl Lease {
+    /// The node's own address in its subnet (`.0`): address of its VXLAN device and source of its host traffic.
+    pub fn vtep_ip(&self) -> Ipv4Addr {
+        self.subnet.network()
+    }
+}
+
+/// A complete, checked view of the cluster: our own lease and everyone else's, sorted by subnet.
+///
+/// Holding one means that no two subnets overlap and no VTEP MAC, node name or own identity is doubtful.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaseSet {
+    /// This node's lease.
+    pub own: Lease,
+    /// All other leases, sorted by subnet.
+    pub peers: Vec<Lease>,
+}
+
+/// What a source reports.
+#[derive(Debug)]
+pub enum LeaseEvent {
+    /// A whole set replaces the one before.
+    Set {
+        /// The set.
+        leases: Arc<LeaseSet>,
+        /// When the source saw the change, to measure how long it takes to take effect.
+        seen: Instant,
+    },
+    /// The source cannot give a set; the last one stays in force.
+    Failed(String),
+    /// The source works again, with the set that is already in force.
+    Recovered,
+}
+
+/// Where a source puts its events: a queue that also wakes the main loop.
+#[derive(Debug, Clone)]
+pub struct LeaseSink {
+    queue: Sender<LeaseEvent>,
+    wake: Arc<Wake>,
+}
+
+impl LeaseSink {
+    /// Makes a sink that feeds `queue` and signals `wake` after each event.
+    pub fn new(queue: Sender<LeaseEvent>, wake: Arc<Wake>) -> Self {
+        Self { queue, wake }
+    }
+
+    /// Hands over one event; false when nobody listens any more and the source should end.
+    pub fn send(&self, event: LeaseEvent) -> bool {
+        let delivered = self.queue.send(event).is_ok();
+        self.wake.signal();
+        delivered
+    }
+}
+
+/// A stream of whole lease sets: a file, and later the Kubernetes API or etcd.
+pub trait LeaseSource: Send {
+    /// What to call the source in logs and status.
+    fn describe(&self) -> String;
+
+    /// Runs on a thread of its own until the sink is closed. Transient trouble is reported, not fatal.
+    fn run(self: Box<Self>, sink: &LeaseSink);
+}

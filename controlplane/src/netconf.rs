@@ -1,0 +1,634 @@
+//! `net-conf.json`, read as flannel reads it.
+//!
+//! Flannel's parser ignores the case of keys, ignores unknown keys, lets the last of several equal keys win and
+//! treats `null` as "not given" for numbers and booleans; files in the wild rely on it. What flannel accepts but
+//! this version cannot do is refused by name: an option that is silently ignored is a bug that someone else finds.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use ipnet::{IpNet, Ipv4Net};
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+
+/// The kernel's default VXLAN port, used when `Port` is 0 or absent.
+pub const VXLAN_PORT_DEFAULT: u16 = 8472;
+
+/// A checked network configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetConf {
+    /// The network that all pod subnets come from, host bits clear.
+    pub network: Ipv4Net,
+    /// How packets reach other nodes.
+    pub vxlan: Vxlan,
+}
+
+/// The `vxlan` backend's settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vxlan {
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// UDP port.
+    pub port: u16,
+    /// MTU of the underlay, when given; pods get 50 less. Otherwise the interface's.
+    pub mtu: Option<u32>,
+    /// Whether the kernel's VXLAN device learns addresses from packets.
+    pub learning: bool,
+}
+
+/// Why a network configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum NetConfError {
+    /// The file cannot be read.
+    #[error(
+        "network configuration {path}: {source}: create it, or name another with --net-config-path"
+    )]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The file is there, its content is not usable.
+    #[error("network configuration {path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: Box<NetConfError>,
+    },
+    /// Not JSON, or not an object.
+    #[error("error parsing subnet config: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A key has a value of the wrong type or form.
+    #[error("error parsing subnet config: {key}: {problem}")]
+    Value {
+        /// The key, with its parent.
+        key: &'static str,
+        /// What was expected.
+        problem: String,
+    },
+    /// Both families are switched off.
+    #[error(
+        "none defined stack: EnableIPv4 is false; this version needs it, set \"EnableIPv4\": true or remove the key"
+    )]
+    NoStack,
+    /// The network is not given.
+    #[error(
+        "please define a correct Network parameter in the flannel config, like \"Network\": \"10.244.0.0/16\""
+    )]
+    NoNetwork,
+    /// Flannel itself does not know the backend.
+    #[error("unknown backend type: {0}: set Backend.Type to \"vxlan\"")]
+    UnknownBackend(String),
+    /// Flannel knows it, this version does not.
+    #[error("{what} is not implemented in this version of Ripstop: {fix}")]
+    Unsupported {
+        /// The setting.
+        what: String,
+        /// What to write instead.
+        fix: &'static str,
+    },
+}
+
+/// Flannel's registered backends; the ones that are not `vxlan` come with other versions of Ripstop.
+const BACKENDS: [&str; 9] = [
+    "alloc",
+    "extension",
+    "host-gw",
+    "ipip",
+    "ipsec",
+    "tencent-vpc",
+    "udp",
+    "vxlan",
+    "wireguard",
+];
+
+impl NetConf {
+    /// Reads and checks the file at `path`.
+    pub fn load(path: &Path) -> Result<Self, NetConfError> {
+        let bytes = std::fs::read(path).map_err(|source| NetConfError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&bytes).map_err(|source| NetConfError::File {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })
+    }
+
+    /// Checks the text of a configuration.
+    pub fn parse(bytes: &[u8]) -> Result<Self, NetConfError> {
+        let entries = object(serde_json::from_slice(bytes)?, "the file")?;
+        let mut ipv4 = true;
+        let mut ipv6 = false;
+        let mut network = None;
+        // Flannel's default when the key is absent, whatever its documentation says.
+        let mut backend = Backend {
+            kind: Some("udp".to_owned()),
+            entries: Vec::new(),
+        };
+        for (key, value) in entries {
+            let key = key.to_ascii_lowercase();
+            match key.as_str() {
+                "enableipv4" => boolean("EnableIPv4", &value, &mut ipv4)?,
+                "enableipv6" => boolean("EnableIPv6", &value, &mut ipv6)?,
+                // Masquerade rules are not this version's; both of flannel's modes are as good.
+                "enablenftables" => boolean("EnableNFTables", &value, &mut false)?,
+                "network" => network = Some(ipv4_network(&value)?),
+                "ipv6network" => {
+                    cidr("IPv6Network", &value)?;
+                }
+                // Subnet allocation is the etcd source's; the types are checked all the same, as flannel does.
+                "subnetlen" => unsigned("SubnetLen", &value)?,
+                "ipv6subnetlen" => unsigned("IPv6SubnetLen", &value)?,
+                "subnetmin" => address("SubnetMin", &value)?,
+                "subnetmax" => address("SubnetMax", &value)?,
+                "ipv6subnetmin" => address("IPv6SubnetMin", &value)?,
+                "ipv6subnetmax" => address("IPv6SubnetMax", &value)?,
+                "backend" => backend = Backend::parse(value)?,
+                _ => {}
+            }
+        }
+        if !ipv4 && !ipv6 {
+            return Err(NetConfError::NoStack);
+        }
+        if ipv6 {
+            return Err(NetConfError::Unsupported {
+                what: "EnableIPv6".to_owned(),
+                fix: "set \"EnableIPv6\": false or remove the key",
+            });
+        }
+        let vxlan = backend.vxlan()?;
+        let network = network
+            .filter(|network| network.prefix_len() > 0)
+            .ok_or(NetConfError::NoNetwork)?;
+        Ok(Self { network, vxlan })
+    }
+}
+
+struct Backend {
+    kind: Option<String>,
+    entries: Vec<(String, Json)>,
+}
+
+impl Backend {
+    fn parse(value: Json) -> Result<Self, NetConfError> {
+        let entries = match value {
+            Json::Null => Vec::new(),
+            value @ (Json::Bool(_)
+            | Json::Number(_)
+            | Json::String(_)
+            | Json::Array
+            | Json::Object(_)) => object(value, "Backend")?,
+        };
+        let mut kind = None;
+        for (key, value) in &entries {
+            if key.eq_ignore_ascii_case("type") {
+                match value {
+                    Json::String(text) => kind = Some(text.clone()),
+                    Json::Null => {}
+                    other @ (Json::Bool(_) | Json::Number(_) | Json::Array | Json::Object(_)) => {
+                        return Err(wrong("Backend.Type", "a string", other));
+                    }
+                }
+            }
+        }
+        Ok(Self { kind, entries })
+    }
+
+    fn vxlan(&self) -> Result<Vxlan, NetConfError> {
+        let kind = self.kind.as_deref().unwrap_or_default().to_lowercase();
+        if !BACKENDS.contains(&kind.as_str()) {
+            return Err(NetConfError::UnknownBackend(kind));
+        }
+        if kind != "vxlan" {
+            return Err(NetConfError::Unsupported {
+                what: format!("backend type {kind:?}"),
+                fix: "set \"Backend\": {\"Type\": \"vxlan\"}",
+            });
+        }
+        let (mut vni, mut port, mut mtu) = (1, 0, 0);
+        let (mut gbp, mut learning, mut direct_routing) = (false, false, false);
+        for (key, value) in &self.entries {
+            match key.to_ascii_lowercase().as_str() {
+                "vni" => integer("Backend.VNI", value, &mut vni)?,
+                "port" => integer("Backend.Port", value, &mut port)?,
+                "mtu" => integer("Backend.MTU", value, &mut mtu)?,
+                "gbp" => boolean("Backend.GBP", value, &mut gbp)?,
+                "learning" => boolean("Backend.Learning", value, &mut learning)?,
+                "directrouting" => boolean("Backend.DirectRouting", value, &mut direct_routing)?,
+                // Name and MacPrefix are for Windows nodes, which share the file.
+                _ => {}
+            }
+        }
+        let fix = "set it to false or remove the key";
+        if gbp {
+            return Err(NetConfError::Unsupported {
+                what: "Backend.GBP".to_owned(),
+                fix,
+            });
+        }
+        if direct_routing {
+            return Err(NetConfError::Unsupported {
+                what: "Backend.DirectRouting".to_owned(),
+                fix,
+            });
+        }
+        let range = |key, problem: String| NetConfError::Value { key, problem };
+        let vni = u32::try_from(vni)
+            .ok()
+            .filter(|vni| (1..1 << 24).contains(vni))
+            .ok_or_else(|| {
+                range(
+                    "Backend.VNI",
+                    format!("{vni} is out of range: use 1 to 16777215"),
+                )
+            })?;
+        let port = u16::try_from(port).map_err(|_| {
+            range(
+                "Backend.Port",
+                format!("{port} is out of range: use 1 to 65535, or 0 for 8472"),
+            )
+        })?;
+        let mtu = match mtu {
+            0 => None,
+            given => Some(
+                u32::try_from(given)
+                    .ok()
+                    .filter(|mtu| (118..=65535).contains(mtu))
+                    .ok_or_else(|| {
+                        range(
+                            "Backend.MTU",
+                            format!("{given} is out of range: use 118 to 65535, or 0"),
+                        )
+                    })?,
+            ),
+        };
+        Ok(Vxlan {
+            vni,
+            port: if port == 0 { VXLAN_PORT_DEFAULT } else { port },
+            mtu,
+            learning,
+        })
+    }
+}
+
+/// A JSON value that keeps the order and the repetitions of keys, which decide what flannel sees.
+#[derive(Debug)]
+enum Json {
+    Null,
+    Bool(bool),
+    Number(serde_json::Number),
+    String(String),
+    Array,
+    Object(Vec<(String, Json)>),
+}
+
+impl Json {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Null => "null",
+            Self::Bool(_) => "a boolean",
+            Self::Number(_) => "a number",
+            Self::String(_) => "a string",
+            Self::Array => "an array",
+            Self::Object(_) => "an object",
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Json {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AnyValue;
+        impl<'de> Visitor<'de> for AnyValue {
+            type Value = Json;
+
+            fn expecting(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                f.write_str("a JSON value")
+            }
+            fn visit_unit<E>(self) -> Result<Json, E> {
+                Ok(Json::Null)
+            }
+            fn visit_bool<E>(self, value: bool) -> Result<Json, E> {
+                Ok(Json::Bool(value))
+            }
+            fn visit_i64<E>(self, value: i64) -> Result<Json, E> {
+                Ok(Json::Number(value.into()))
+            }
+            fn visit_u64<E>(self, value: u64) -> Result<Json, E> {
+                Ok(Json::Number(value.into()))
+            }
+            fn visit_f64<E>(self, value: f64) -> Result<Json, E> {
+                Ok(serde_json::Number::from_f64(value).map_or(Json::Null, Json::Number))
+            }
+            fn visit_str<E>(self, value: &str) -> Result<Json, E> {
+                Ok(Json::String(value.to_owned()))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Json, A::Error> {
+                while items.next_element::<Json>()?.is_some() {}
+                Ok(Json::Array)
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Json, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Json::Object(entries))
+            }
+        }
+        deserializer.deserialize_any(AnyValue)
+    }
+}
+
+fn wrong(key: &'static str, expected: &str, found: &Json) -> NetConfError {
+    NetConfError::Value {
+        key,
+        problem: format!("expected {expected}, found {}", found.name()),
+    }
+}
+
+fn object(value: Json, key: &'static str) -> Result<Vec<(String, Json)>, NetConfError> {
+    match value {
+        Json::Object(entries) => Ok(entries),
+        Json::Null => Ok(Vec::new()),
+        other @ (Json::Bool(_) | Json::Number(_) | Json::String(_) | Json::Array) => {
+            Err(wrong(key, "an object", &other))
+        }
+    }
+}
+
+fn boolean(key: &'static str, value: &Json, into: &mut bool) -> Result<(), NetConfError> {
+    match value {
+        Json::Bool(given) => *into = *given,
+        Json::Null => {}
+        other @ (Json::Number(_) | Json::String(_) | Json::Array | Json::Object(_)) => {
+            return Err(wrong(key, "true or false", other));
+        }
+    }
+    Ok(())
+}
+
+fn integer(key: &'static str, value: &Json, into: &mut i64) -> Result<(), NetConfError> {
+    match value {
+        Json::Null => Ok(()),
+        Json::Number(number) => match number.as_i64() {
+            Some(given) => {
+                *into = given;
+                Ok(())
+            }
+            None => Err(NetConfError::Value {
+                key,
+                problem: format!("{number} is not an integer that fits"),
+            }),
+        },
+        other @ (Json::Bool(_) | Json::String(_) | Json::Array | Json::Object(_)) => {
+            Err(wrong(key, "an integer", other))
+        }
+    }
+}
+
+fn unsigned(key: &'static str, value: &Json) -> Result<(), NetConfError> {
+    let mut given = 0;
+    integer(key, value, &mut given)?;
+    if given < 0 {
+        return Err(NetConfError::Value {
+            key,
+            problem: format!("{given} is negative"),
+        });
+    }
+    Ok(())
+}
+
+fn cidr(key: &'static str, value: &Json) -> Result<IpNet, NetConfError> {
+    let Json::String(text) = value else {
+        return Err(wrong(key, "a prefix like \"10.244.0.0/16\"", value));
+    };
+    text.parse().map_err(|_| NetConfError::Value {
+        key,
+        problem: format!("invalid CIDR address: {text}"),
+    })
+}
+
+fn ipv4_network(value: &Json) -> Result<Ipv4Net, NetConfError> {
+    match cidr("Network", value)? {
+        IpNet::V4(network) => Ok(network.trunc()),
+        IpNet::V6(network) => Err(NetConfError::Value {
+            key: "Network",
+            problem: format!("invalid IPv4 CIDR format: {network}"),
+        }),
+    }
+}
+
+fn address(key: &'static str, value: &Json) -> Result<(), NetConfError> {
+    let Json::String(text) = value else {
+        return Err(wrong(key, "an IP address", value));
+    };
+    let is_v6 = key.starts_with("IPv6");
+    let valid = if is_v6 {
+        text.parse::<std::net::Ipv6Addr>().is_ok()
+    } else {
+        text.parse::<Ipv4Addr>().is_ok()
+    };
+    if valid {
+        return Ok(());
+    }
+    Err(NetConfError::Value {
+        key,
+        problem: format!("invalid IP address: {text:?}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &str) -> NetConf {
+        NetConf::parse(text.as_bytes()).unwrap_or_else(|error| panic!("{text}: {error}"))
+    }
+
+    fn vxlan(text: &str) -> Vxlan {
+        parsed(&format!(
+            r#"{{"Network":"10.244.0.0/16","Backend":{text}}}"#
+        ))
+        .vxlan
+    }
+
+    #[test]
+    fn defaults_are_flannels() {
+        let conf = parsed(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#);
+        assert_eq!(conf.network, "10.244.0.0/16".parse().unwrap());
+        assert_eq!(
+            conf.vxlan,
+            Vxlan {
+                vni: 1,
+                port: 8472,
+                mtu: None,
+                learning: false
+            }
+        );
+    }
+
+    #[test]
+    fn accepts_what_flannel_accepts() {
+        let default = Vxlan {
+            vni: 1,
+            port: 8472,
+            mtu: None,
+            learning: false,
+        };
+        let cases: &[(&str, Vxlan)] = &[
+            (r#"{"type":"VXLAN","vni":7}"#, Vxlan { vni: 7, ..default }),
+            (r#"{"TYPE":"vxlan","Port":0}"#, default),
+            (
+                r#"{"Type":"vxlan","Port":4789,"MTU":9000}"#,
+                Vxlan {
+                    port: 4789,
+                    mtu: Some(9000),
+                    ..default
+                },
+            ),
+            (
+                r#"{"Type":"vxlan","VNI":5,"vni":6}"#,
+                Vxlan { vni: 6, ..default },
+            ),
+            (
+                r#"{"Type":"vxlan","VNI":5,"vni":null}"#,
+                Vxlan { vni: 5, ..default },
+            ),
+            (
+                r#"{"Type":"vxlan","Learning":true,"GBP":false,"DirectRouting":null}"#,
+                Vxlan {
+                    learning: true,
+                    ..default
+                },
+            ),
+            (
+                r#"{"Type":"vxlan","Name":"flannel.4096","MacPrefix":"0E-2A"}"#,
+                default,
+            ),
+            (
+                r#"{"Type":"vxlan","Unheard":{"of":[1,{"a":null}]}}"#,
+                default,
+            ),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(vxlan(text), *expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn keys_fold_case_last_wins_and_host_bits_are_cleared() {
+        let text = r#"{"network":"10.0.0.0/8","NETWORK":"10.244.7.9/16","EnableIPv4":null,"EnableIPv6":false,
+            "SubnetLen":24,"SubnetMin":"10.244.1.0","unknown":[1,2],"backend":{"Type":"udp"},"Backend":{"Type":"vxlan"}}"#;
+        assert_eq!(parsed(text).network, "10.244.0.0/16".parse().unwrap());
+    }
+
+    #[test]
+    fn refuses_with_a_reason() {
+        let vxlan = r#""Backend":{"Type":"vxlan"}"#;
+        let cases: &[(String, &str)] = &[
+            (String::new(), "error parsing subnet config"),
+            ("[]".into(), "expected an object"),
+            (
+                format!(r#"{{"Network":"10.244.0.0/16",{vxlan}}} x"#),
+                "trailing",
+            ),
+            (
+                format!(r#"{{"Network":"10.244.0.0/16",{vxlan}}} // x"#),
+                "trailing",
+            ),
+            (
+                format!(r#"{{"Network":"",{vxlan}}}"#),
+                "invalid CIDR address",
+            ),
+            (format!(r#"{{"Network":null,{vxlan}}}"#), "found null"),
+            (
+                format!(r#"{{"Network":"fd00::/48",{vxlan}}}"#),
+                "invalid IPv4 CIDR format",
+            ),
+            (
+                format!(r#"{{"Network":"10.244.0.0",{vxlan}}}"#),
+                "invalid CIDR address: 10.244.0.0",
+            ),
+            (format!(r#"{{{vxlan}}}"#), "please define a correct Network"),
+            (
+                format!(r#"{{"Network":"10.244.0.0/16","EnableIPv4":false,{vxlan}}}"#),
+                "none defined stack",
+            ),
+            (
+                format!(r#"{{"Network":"10.244.0.0/16","EnableIPv4":"yes",{vxlan}}}"#),
+                "EnableIPv4",
+            ),
+            (
+                format!(r#"{{"Network":"10.244.0.0/16","EnableIPv6":true,{vxlan}}}"#),
+                "EnableIPv6 is not implemented",
+            ),
+            (
+                format!(r#"{{"Network":"10.244.0.0/16","SubnetLen":-1,{vxlan}}}"#),
+                "SubnetLen",
+            ),
+            (
+                format!(r#"{{"Network":"10.244.0.0/16","SubnetLen":24.0,{vxlan}}}"#),
+                "SubnetLen",
+            ),
+            (
+                format!(r#"{{"Network":"10.244.0.0/16","SubnetMin":null,{vxlan}}}"#),
+                "SubnetMin",
+            ),
+            (
+                r#"{"Network":"10.244.0.0/16"}"#.into(),
+                "backend type \"udp\" is not implemented",
+            ),
+            (
+                r#"{"Network":"10.244.0.0/16","Backend":{}}"#.into(),
+                "unknown backend type: ",
+            ),
+            (
+                r#"{"Network":"10.244.0.0/16","Backend":null}"#.into(),
+                "unknown backend type: ",
+            ),
+            (
+                r#"{"Network":"10.244.0.0/16","Backend":7}"#.into(),
+                "Backend: expected an object",
+            ),
+            (
+                r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlann"}}"#.into(),
+                "unknown backend type: vxlann",
+            ),
+            (
+                r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#.into(),
+                "host-gw",
+            ),
+        ];
+        for (text, wanted) in cases {
+            let error = NetConf::parse(text.as_bytes()).expect_err(text).to_string();
+            assert!(error.contains(wanted), "{text}: {error:?} lacks {wanted:?}");
+        }
+    }
+
+    #[test]
+    fn refuses_vxlan_settings_with_a_reason() {
+        for (text, wanted) in [
+            (
+                r#"{"Type":"vxlan","GBP":true}"#,
+                "Backend.GBP is not implemented",
+            ),
+            (
+                r#"{"Type":"vxlan","DirectRouting":true}"#,
+                "Backend.DirectRouting is not implemented",
+            ),
+            (r#"{"Type":"vxlan","VNI":16777216}"#, "Backend.VNI"),
+            (r#"{"Type":"vxlan","VNI":"1"}"#, "Backend.VNI"),
+            (r#"{"Type":"vxlan","Port":65536}"#, "Backend.Port"),
+            (r#"{"Type":"vxlan","Port":1e3}"#, "Backend.Port"),
+            (r#"{"Type":"vxlan","MTU":99}"#, "Backend.MTU"),
+            (r#"{"Type":true}"#, "Backend.Type"),
+        ] {
+            let text = format!(r#"{{"Network":"10.244.0.0/16","Backend":{text}}}"#);
+            let error = NetConf::parse(text.as_bytes())
+                .expect_err(&text)
+                .to_string();
+            assert!(error.contains(wanted), "{text}: {error:?} lacks {wanted:?}");
+        }
+    }
+}

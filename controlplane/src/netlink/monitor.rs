@@ -1,0 +1,165 @@
+//! What changed: the kernel's announcements, reduced to "look there again".
+//!
+//! An announcement is never applied to a picture of the kernel; it only says which part of the picture to take
+//! anew. So a lost one costs time until the next periodic look, never correctness.
+
+use core::ops::BitOrAssign;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use netlink_packet_route::AddressFamily;
+use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
+
+use super::message::{
+    Neighbour, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_DELRULE, RTM_NEWADDR,
+    RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_NEWRULE, Route, u32_at,
+};
+use super::{NetlinkError, for_each_message, open_socket, receive_into};
+use crate::sys::borrow_netlink;
+
+/// Multicast groups (rtnetlink.h): links, neighbours with forwarding entries, IPv4 addresses, routes, rules.
+const GROUPS: [u32; 5] = [1, 3, 5, 7, 8];
+
+/// Parts of the kernel's state to look at again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Dirty {
+    /// Links or addresses, and so everything that hangs on them.
+    pub links: bool,
+    /// Standby: routes, neighbours or forwarding entries on the VXLAN device.
+    pub standby: bool,
+    /// Routes or rule of the detour.
+    pub detour: bool,
+    /// Any other route or rule: next hops may have moved.
+    pub routes: bool,
+    /// Neighbours on the underlay.
+    pub neighbours: bool,
+}
+
+impl Dirty {
+    /// Everything.
+    pub const ALL: Self = Self {
+        links: true,
+        standby: true,
+        detour: true,
+        routes: true,
+        neighbours: true,
+    };
+
+    /// Something is to be looked at.
+    pub fn any(self) -> bool {
+        self != Self::default()
+    }
+}
+
+impl BitOrAssign for Dirty {
+    fn bitor_assign(&mut self, other: Self) {
+        self.links |= other.links;
+        self.standby |= other.standby;
+        self.detour |= other.detour;
+        self.routes |= other.routes;
+        self.neighbours |= other.neighbours;
+    }
+}
+
+/// Which objects concern whom.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Interests {
+    /// Index of the VXLAN device.
+    pub vxlan_link: u32,
+    /// Index of the underlay interface.
+    pub underlay_link: u32,
+    /// Our routing table.
+    pub table: u32,
+}
+
+/// A subscription to the kernel's announcements.
+pub struct Monitor {
+    socket: Socket,
+    buffer: Vec<u8>,
+}
+
+impl core::fmt::Debug for Monitor {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Monitor").finish_non_exhaustive()
+    }
+}
+
+impl AsFd for Monitor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        borrow_netlink(&self.socket)
+    }
+}
+
+impl Monitor {
+    /// Subscribes. What happened before is not announced: take the first picture after this.
+    pub fn open() -> Result<Self, NetlinkError> {
+        let socket = open_socket(NETLINK_ROUTE)?;
+        for group in GROUPS {
+            socket
+                .add_membership(group)
+                .map_err(|source| NetlinkError::Open {
+                    step: "subscribe to changes",
+                    source,
+                })?;
+        }
+        Ok(Self {
+            socket,
+            buffer: Vec::new(),
+        })
+    }
+
+    /// Reads all announcements that are waiting.
+    pub fn drain(&mut self, interests: Interests) -> Result<Dirty, NetlinkError> {
+        let mut dirty = Dirty::default();
+        loop {
+            match receive_into(&self.socket, &mut self.buffer) {
+                Ok(true) => for_each_message(&self.buffer, |kind, _, _, payload| {
+                    dirty |= classify(kind, payload, interests);
+                }),
+                Ok(false) => return Ok(dirty),
+                // Announcements were lost; the error is reported once and the socket goes on.
+                Err(NetlinkError::Overrun) => dirty = Dirty::ALL,
+                Err(error @ (NetlinkError::Open { .. } | NetlinkError::Io { .. })) => {
+                    return Err(error);
+                }
+                Err(error @ (NetlinkError::Dump { .. } | NetlinkError::Timeout)) => {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+fn classify(kind: u16, payload: &[u8], interests: Interests) -> Dirty {
+    let mut dirty = Dirty::default();
+    match kind {
+        RTM_NEWLINK | RTM_DELLINK | RTM_NEWADDR | RTM_DELADDR => dirty.links = true,
+        RTM_NEWRULE | RTM_DELRULE => {
+            dirty.detour = true;
+            dirty.routes = true;
+        }
+        RTM_NEWROUTE | RTM_DELROUTE => match Route::parse(payload) {
+            Some(route) if route.table == interests.table => dirty.detour = true,
+            Some(route) if route.link == interests.vxlan_link && route.link != 0 => {
+                dirty.standby = true
+            }
+            // A route that replaced ours is announced under its own interface, so any route may concern us.
+            _ => {
+                dirty.routes = true;
+                dirty.standby = true;
+            }
+        },
+        RTM_NEWNEIGH | RTM_DELNEIGH => {
+            let link = u32_at(payload, 4).unwrap_or_default();
+            let is_fdb = payload
+                .first()
+                .is_some_and(|&family| family == u8::from(AddressFamily::Bridge));
+            if link == interests.vxlan_link {
+                dirty.standby = is_fdb || Neighbour::parse(payload).is_some();
+            } else if link == interests.underlay_link && !is_fdb {
+                dirty.neighbours = true;
+            }
+        }
+        _ => {}
+    }
+    dirty
+}

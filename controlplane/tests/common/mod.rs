@@ -1,0 +1,215 @@
+//! Network namespaces for tests that need a kernel of their own to work on. They need root.
+#![expect(unsafe_code, reason = "setns(2) has no safe interface in std")]
+#![expect(dead_code, reason = "every test binary uses its own part")]
+
+use core::sync::atomic::{AtomicU32, Ordering};
+use core::time::Duration;
+use std::fs::File;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Instant;
+
+use ripstop_controlplane::interface::Underlay;
+use ripstop_controlplane::lease::{Lease, LeaseSet};
+use ripstop_controlplane::mac::Mac;
+use ripstop_controlplane::netconf::NetConf;
+
+static COUNTER: AtomicU32 = AtomicU32::new(0);
+
+/// A network namespace, removed with everything in it on drop.
+#[derive(Debug)]
+pub struct Namespace {
+    pub name: String,
+}
+
+impl Namespace {
+    /// Makes a namespace with `lo` up.
+    pub fn new() -> Self {
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("rcp-{}-{number}", std::process::id());
+        run("ip", &["netns", "add", &name]);
+        let namespace = Self { name };
+        namespace.ip("link set lo up");
+        namespace
+    }
+
+    /// Makes a node: `eth0` with 10.199.0.`n`/24 and its other end, `peer0`, in a namespace of its own.
+    pub fn node(n: u8) -> (Self, Self) {
+        let (node, outside) = (Self::new(), Self::new());
+        node.ip(&format!(
+            "link add eth0 type veth peer name peer0 netns {}",
+            outside.name
+        ));
+        node.ip(&format!("link set eth0 address 02:aa:00:00:00:{n:02x}"));
+        node.ip(&format!("addr add 10.199.0.{n}/24 dev eth0"));
+        node.ip("link set eth0 up");
+        outside.ip("link set peer0 address 02:bb:00:00:00:01");
+        outside.ip("link set peer0 up");
+        (node, outside)
+    }
+
+    /// Runs `ip` in the namespace; its output.
+    pub fn ip(&self, arguments: &str) -> String {
+        self.command("ip", arguments)
+    }
+
+    /// Runs a program in the namespace; its output. Panics if it fails.
+    pub fn command(&self, program: &str, arguments: &str) -> String {
+        let output = self.try_command(program, arguments);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{program} {arguments}: {errors}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Runs a program in the namespace.
+    pub fn try_command(&self, program: &str, arguments: &str) -> Output {
+        let mut command = Command::new("ip");
+        command
+            .args(["netns", "exec", &self.name, program])
+            .args(arguments.split_whitespace());
+        command.output().unwrap_or_else(|error| {
+            panic!("{program}: {error} (these tests need root and iproute2)")
+        })
+    }
+
+    /// Starts a program in the namespace.
+    pub fn spawn(&self, program: &str, arguments: &[&str]) -> Process {
+        let mut command = Command::new("ip");
+        command
+            .args(["netns", "exec", &self.name, program])
+            .args(arguments);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Process(command.spawn().unwrap())
+    }
+
+    /// Calls `body` on a thread that lives in the namespace.
+    pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+        let file = File::open(format!("/run/netns/{}", self.name)).unwrap();
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // SAFETY: takes no pointers; `file` is open. It changes this thread only, which ends below.
+                let result = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
+                assert_eq!(
+                    result,
+                    0,
+                    "setns: {} (these tests need root)",
+                    std::io::Error::last_os_error()
+                );
+                body()
+            });
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip")
+            .args(["netns", "del", &self.name])
+            .status();
+    }
+}
+
+/// A process that is killed on drop.
+#[derive(Debug)]
+pub struct Process(pub Child);
+
+impl Process {
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: takes no pointers; the child has not been waited for, so the id is still its own.
+        unsafe { libc::kill(i32::try_from(self.0.id()).unwrap(), signal) };
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs a program; panics if it fails.
+pub fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {errors} (these tests need root)"
+    );
+}
+
+/// Waits until `condition` gives a value; how long it took.
+pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> (T, Duration) {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = condition() {
+            return (value, start.elapsed());
+        }
+        assert!(
+            start.elapsed() < Duration::from_secs(30),
+            "after 30 s still not: {what}"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The lease of node `n`: 10.199.0.n, 10.244.n.0/24.
+pub fn lease(n: u8) -> Lease {
+    Lease {
+        node: format!("n{n}"),
+        public_ip: Ipv4Addr::new(10, 199, 0, n),
+        subnet: format!("10.244.{n}.0/24").parse().unwrap(),
+        vtep_mac: Mac([2, 0x52, 0x53, 0, 0, n]),
+    }
+}
+
+/// A set with `own` as seen by its node and the others as peers.
+pub fn leases(own: u8, peers: &[u8]) -> LeaseSet {
+    LeaseSet {
+        own: lease(own),
+        peers: peers.iter().map(|&n| lease(n)).collect(),
+    }
+}
+
+/// A lease file's text.
+pub fn lease_file<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> String {
+    let entries: Vec<_> = leases
+        .into_iter()
+        .map(|lease| {
+            serde_json::json!({
+                "node": lease.node, "publicIP": lease.public_ip, "subnet": lease.subnet.to_string(),
+                "vtepMAC": lease.vtep_mac.to_string()
+            })
+        })
+        .collect();
+    serde_json::json!({"version": 1, "leases": entries}).to_string()
+}
+
+/// The default configuration.
+pub fn netconf() -> NetConf {
+    NetConf::parse(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap()
+}
+
+/// `eth0` of a namespace made by [`Namespace::node`].
+pub fn underlay(namespace: &Namespace, n: u8) -> Underlay {
+    let link = namespace.enter(|| {
+        let links = ripstop_controlplane::netlink::Netlink::open()
+            .unwrap()
+            .links()
+            .unwrap();
+        links.into_iter().find(|link| link.name == "eth0").unwrap()
+    });
+    Underlay {
+        index: link.index,
+        name: link.name,
+        mac: link.mac.unwrap(),
+        mtu: link.mtu,
+        address: Ipv4Addr::new(10, 199, 0, n),
+    }
+}
