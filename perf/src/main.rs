@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use ripstop_perf::{Lab, Node, NodeKind, wait_until};
+use ripstop_perf::{Lab, Node, NodeKind, UdpFlow, wait_until};
 
 /// Ripstop's lab: a pod network in network namespaces.
 #[derive(Parser)]
@@ -42,6 +42,8 @@ enum LabCommand {
         #[arg(last = true, required = true)]
         argv: Vec<String>,
     },
+    /// Send UDP packets from one host to another and print the account of them.
+    Traffic(Traffic),
     /// Print the kernel state of each node and the end of each log.
     Dump(Name),
     /// List the labs that are up.
@@ -53,6 +55,28 @@ struct Name {
     /// Name of the lab.
     #[arg(long, default_value = "lab")]
     name: String,
+}
+
+#[derive(Args)]
+struct Traffic {
+    #[command(flatten)]
+    name: Name,
+    /// Where they come from: n1p0, for instance.
+    from: String,
+    /// Where they go: n2p0, for instance.
+    to: String,
+    /// Packets a second.
+    #[arg(long, default_value_t = 20_000)]
+    rate: u64,
+    /// For how long.
+    #[arg(long, default_value_t = 5)]
+    seconds: u64,
+    /// Flows, each with a source port of its own.
+    #[arg(long, default_value_t = 4)]
+    flows: u16,
+    /// Bytes of UDP payload in each packet.
+    #[arg(long, default_value_t = 64)]
+    payload_bytes: usize,
 }
 
 #[derive(Args)]
@@ -89,6 +113,7 @@ fn main() -> Result<()> {
             Ok(())
         }
         LabCommand::Exec { name, host, argv } => exec(&name.name, &host, &argv),
+        LabCommand::Traffic(traffic) => send(&traffic),
         LabCommand::Dump(name) => {
             print!("{}", Lab::open(&name.name)?.dump());
             Ok(())
@@ -133,6 +158,17 @@ fn bring_up(up: Up) -> Result<()> {
     println!("      ripstop-perf lab exec {option} n1 -- ip -d link show");
     println!("end:  ripstop-perf lab down {option}");
     lab.persist()
+}
+
+fn send(traffic: &Traffic) -> Result<()> {
+    let lab = Lab::open(&traffic.name.name)?;
+    let flow = UdpFlow::new(lab.host(&traffic.from)?, lab.host(&traffic.to)?)
+        .flows(traffic.flows)
+        .payload_sizes(&[traffic.payload_bytes])
+        .rate(traffic.rate)
+        .duration(Duration::from_secs(traffic.seconds));
+    println!("{}", flow.run()?);
+    Ok(())
 }
 
 /// Becomes the program, so that terminals and signals work as they should.

@@ -131,15 +131,18 @@ pub(crate) fn create(namespaces: &[&Netns]) -> Result<()> {
     feed(Command::new("ip").args(["-batch", "-"]), &lines).context("make network namespaces")
 }
 
-/// Deletes namespaces; those already gone are fine.
+/// Deletes namespaces; those already gone are fine, also when another process is deleting them.
 pub(crate) fn delete(namespaces: &[&Netns]) -> Result<()> {
     let lines: String = namespaces
         .iter()
         .filter(|namespace| namespace.exists())
         .map(|namespace| format!("netns delete {}\n", namespace.name))
         .collect();
-    feed(Command::new("ip").args(["-force", "-batch", "-"]), &lines)
-        .context("delete network namespaces")
+    let outcome = feed(Command::new("ip").args(["-force", "-batch", "-"]), &lines);
+    if namespaces.iter().any(|namespace| namespace.exists()) {
+        outcome.context("delete network namespaces")?;
+    }
+    Ok(())
 }
 
 fn feed(command: &mut Command, lines: &str) -> Result<()> {

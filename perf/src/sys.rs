@@ -48,6 +48,12 @@ pub(crate) fn is_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
+/// Gives the calling thread, and only it, a nice value.
+pub(crate) fn set_thread_nice(nice: c_int) -> io::Result<()> {
+    // SAFETY: setpriority takes three numbers; no memory. On Linux a "process" 0 is the thread.
+    check(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }).map(drop)
+}
+
 /// Sends a signal to one process.
 pub(crate) fn signal(pid: i32, signal: c_int) -> io::Result<()> {
     // SAFETY: kill takes two numbers; no memory.

@@ -14,6 +14,7 @@
 use core::panic::AssertUnwindSafe;
 use core::time::Duration;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::panic;
 use std::path::Path;
 use std::process::Command;
@@ -570,21 +571,45 @@ fn nothing_is_left_after_a_panic() -> Result<()> {
 }
 
 #[test]
+fn a_failed_test_takes_its_lab_with_it() {
+    let mut found = None;
+    let outcome: Result<()> = Lab::builder().linux(1).run(|lab| {
+        let dump = lab.dump();
+        for part in [
+            "n1p0",
+            "10.199.0.11",
+            "flannel.1",
+            "table ip flannel-ipv4",
+            "ripstop-dataplane",
+        ] {
+            assert!(dump.contains(part), "{part:?} is not in {dump}");
+        }
+        found = Some((lab.name().to_owned(), lab.dir().to_owned()));
+        wait_until("never", Duration::ZERO, || false)
+    });
+    assert!(outcome.is_err_and(|error| error.to_string().contains("still not: never")));
+    let (name, dir) = found.expect("the test ran");
+    assert_gone(&name, &dir);
+}
+
+#[test]
 fn nothing_is_left_of_a_lab_that_could_not_come_up() -> Result<()> {
     let name = format!("half-{}", std::process::id());
-    let obstacle = std::env::temp_dir().join(format!("ripstop-lab-{name}"));
-    fs::write(&obstacle, "in the way")?;
+    let obstacle = format!("rs-{name}-n1");
+    assert!(
+        Command::new("ip")
+            .args(["netns", "add", &obstacle])
+            .status()?
+            .success()
+    );
     let error = Lab::builder()
         .linux(1)
         .name(&name)
         .up()
-        .expect_err("its directory cannot be made");
-    fs::remove_file(&obstacle)?;
-    assert!(
-        format!("{error:#}").contains("ripstop-lab-half"),
-        "{error:#}"
-    );
+        .expect_err("a namespace is in the way");
+    assert!(format!("{error:#}").contains(&obstacle), "{error:#}");
     assert_eq!(namespaces(&name), Vec::<String>::new());
+    assert!(!Lab::names().contains(&name));
     Ok(())
 }
 
@@ -671,5 +696,139 @@ fn the_command_line_brings_up_runs_and_takes_down() -> Result<()> {
     assert!(down.0, "{}", down.1);
     assert_eq!(namespaces(&name), Vec::<String>::new());
     assert!(!run(&["show", "--name", &name])?.0);
+    Ok(())
+}
+
+/// Stands in for a Ripstop program: prints its arguments and stays, under the program's name.
+fn write_stand_in(dir: &Path, program: &str, script: &str) -> Result<()> {
+    let path = dir.join(program);
+    fs::write(
+        &path,
+        format!("#!/bin/bash\necho {program} \"$@\"\n{script}\n"),
+    )?;
+    Ok(fs::set_permissions(
+        &path,
+        fs::Permissions::from_mode(0o755),
+    )?)
+}
+
+#[test]
+fn the_command_line_starts_and_ends_processes() -> Result<()> {
+    let name = format!("procs-{}", std::process::id());
+    let bin = std::env::temp_dir().join(format!("ripstop-perf-{name}"));
+    fs::create_dir_all(&bin)?;
+    let run = |arguments: &[&str]| -> Result<(bool, String)> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ripstop-perf"));
+        command.env("RIPSTOP_BIN_DIR", &bin);
+        let output = command
+            .arg("lab")
+            .args(arguments)
+            .args(["--name", &name])
+            .output()?;
+        Ok((
+            output.status.success(),
+            String::from_utf8([output.stdout, output.stderr].concat())?,
+        ))
+    };
+    let missing = run(&["up", "--nodes", "1"])?;
+    assert!(
+        !missing.0 && missing.1.contains("cargo build --workspace"),
+        "{}",
+        missing.1
+    );
+    assert_eq!(namespaces(&name), Vec::<String>::new());
+
+    write_stand_in(
+        &bin,
+        "ripstop-dataplane",
+        "exec -a ripstop-dataplane sleep 600",
+    )?;
+    write_stand_in(&bin, "ripstop-controlplane", "echo no leases; exit 1")?;
+    let ended = run(&["up", "--nodes", "1"])?;
+    assert!(
+        !ended.0 && ended.1.contains("did not stay up") && ended.1.contains("no leases"),
+        "{}",
+        ended.1
+    );
+    assert_eq!(namespaces(&name), Vec::<String>::new());
+
+    write_stand_in(
+        &bin,
+        "ripstop-controlplane",
+        "exec -a ripstop-controlplane sleep 600",
+    )?;
+    let up = run(&["up", "--nodes", "2", "--linux", "1"])?;
+    assert!(up.0, "{}", up.1);
+    let lab = Lab::open(&name)?;
+    let processes: Vec<(i32, i32)> = lab
+        .nodes()
+        .iter()
+        .filter_map(|node| Some((node.dataplane_pid()?, node.controlplane_pid()?)))
+        .collect();
+    assert_eq!(processes.len(), 2, "none on the plain Linux node");
+    assert!(
+        up.1.contains(&format!("data plane: pid {}", processes[0].0)),
+        "{}",
+        up.1
+    );
+    let node = lab.node(1);
+    let inside = node.output(&["ip", "netns", "pids", node.netns().name()])?;
+    for pid in [processes[0].0, processes[0].1] {
+        assert!(
+            inside.lines().any(|line| line == pid.to_string()),
+            "{pid} is not among {inside}"
+        );
+    }
+    let dir = lab.dir().join("n1");
+    let expected = format!(
+        "ripstop-controlplane --net-config-path {} --lease-file {} --node-name n1 --iface eth0 --run-dir {}\n",
+        dir.join("net-conf.json").display(),
+        lab.lease_file().display(),
+        dir.join("run").display(),
+    );
+    assert_eq!(node.controlplane_log(), expected);
+    let expected = format!(
+        "ripstop-dataplane --config-dir {} --run-dir {}\n",
+        dir.join("config").display(),
+        dir.join("run").display()
+    );
+    assert_eq!(node.dataplane_log(), expected);
+    // The lab that was opened ends processes that another run has started.
+    node.signal_dataplane(libc::SIGTERM)?;
+    wait_until("the data plane has ended", 10 * SECOND, || {
+        !node.dataplane_is_running()
+    })?;
+    assert!(node.signal_dataplane(libc::SIGTERM).is_err());
+    node.kill_controlplane();
+    assert_eq!(node.controlplane_pid(), None);
+    drop(lab);
+    let down = run(&["down"])?;
+    assert!(down.0, "{}", down.1);
+    for (dataplane, controlplane) in processes {
+        for pid in [dataplane, controlplane] {
+            let command_line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            assert!(!command_line.starts_with(b"ripstop-"), "{pid} still runs");
+        }
+    }
+    assert_eq!(namespaces(&name), Vec::<String>::new());
+    fs::remove_dir_all(&bin)?;
+    Ok(())
+}
+
+/// A lab whose owner was killed is taken down by the next one.
+#[test]
+fn an_orphaned_lab_is_swept() -> Result<()> {
+    let name = format!("orphan-{}", std::process::id());
+    Lab::builder().linux(1).name(&name).up()?.persist()?;
+    // Give it an owner that is no more: this process's pid, started at another time.
+    let path = Path::new("/run/ripstop-lab").join(format!("{name}.json"));
+    let mut state: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
+    state["owner"] = serde_json::json!({ "pid": std::process::id(), "start_time": 1 });
+    let dir = Lab::open(&name)?.dir().to_owned();
+    fs::write(&path, state.to_string())?;
+    drop(Lab::builder().linux(1).up()?);
+    // A lab of another test may have come first, and still be at it.
+    wait_until("the orphan is gone", 10 * SECOND, || !path.exists())?;
+    assert_gone(&name, &dir);
     Ok(())
 }

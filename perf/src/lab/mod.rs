@@ -23,6 +23,7 @@ mod setup;
 use core::net::Ipv4Addr;
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
+use std::env;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -279,6 +280,20 @@ impl LabBuilder {
         Ok(lab)
     }
 
+    /// Brings the lab up, runs a test in it, and takes it down. When the test fails, it first prints
+    /// the kernel state of each node and the end of each log.
+    ///
+    /// # Errors
+    /// As [`LabBuilder::up`]; otherwise the test's own.
+    #[expect(
+        clippy::print_stderr,
+        reason = "a dump is for the person who reads the failed test"
+    )]
+    pub fn run<T>(self, test: impl FnOnce(&Lab) -> Result<T>) -> Result<T> {
+        let lab = self.up()?;
+        test(&lab).inspect_err(|_error| eprintln!("{}", lab.dump()))
+    }
+
     fn claim_name(&self) -> Result<Description> {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let mut description = Description {
@@ -300,8 +315,7 @@ impl LabBuilder {
                 ),
             };
             check_name(&description.name)?;
-            description.dir =
-                std::env::temp_dir().join(format!("ripstop-lab-{}", description.name));
+            description.dir = directory_of(&description.name);
             if description.claim()? {
                 return Ok(description);
             }
@@ -311,6 +325,18 @@ impl LabBuilder {
         }
         bail!("no free lab name; see {STATE_DIR}");
     }
+}
+
+/// Where a lab's files are: in memory, as a node's `/run` is, because the run directories hold
+/// shared memory that workers write all the time.
+fn directory_of(name: &str) -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    let parent = if memory.is_dir() {
+        memory.to_owned()
+    } else {
+        env::temp_dir()
+    };
+    parent.join(format!("ripstop-lab-{name}"))
 }
 
 fn check_name(name: &str) -> Result<()> {
@@ -687,14 +713,19 @@ impl Lab {
         let hosts = self.hosts();
         let namespaces: Vec<&Netns> = hosts.iter().map(|host| host.netns()).collect();
         netns::delete(&namespaces)?;
-        match fs::remove_dir_all(self.dir()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("remove {}", self.dir().display()));
-            }
-            Ok(()) | Err(_) => {}
-        }
+        gone(fs::remove_dir_all(self.dir()))
+            .with_context(|| format!("remove {}", self.dir().display()))?;
         let description = Description::path(self.name());
-        fs::remove_file(&description).with_context(|| format!("remove {}", description.display()))
+        gone(fs::remove_file(&description))
+            .with_context(|| format!("remove {}", description.display()))
+    }
+}
+
+/// What someone else has removed is removed.
+fn gone(outcome: io::Result<()>) -> io::Result<()> {
+    match outcome {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Ok(()) | Err(_) => outcome,
     }
 }
 

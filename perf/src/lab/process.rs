@@ -126,18 +126,21 @@ impl Process {
         self.identity.pid
     }
 
-    /// Alive, and running the program it was started for (or `ip`, about to become it).
+    /// Whether it runs. A child of ours cannot be mistaken; an adopted process must also still be the
+    /// program that was started.
     pub(super) fn is_running(&self) -> bool {
-        let Ok(command_line) = fs::read(format!("/proc/{}/cmdline", self.identity.pid)) else {
-            return false;
-        };
+        self.identity.is_alive() && (self.child.is_some() || self.runs_its_program())
+    }
+
+    fn runs_its_program(&self) -> bool {
+        let command_line =
+            fs::read(format!("/proc/{}/cmdline", self.identity.pid)).unwrap_or_default();
         let program = command_line
             .split(|byte| *byte == 0)
             .next()
             .unwrap_or_default();
         let program = String::from_utf8_lossy(program);
-        let name = program.rsplit('/').next().unwrap_or_default();
-        self.identity.is_alive() && (name == self.program || (name == "ip" && self.child.is_some()))
+        program.rsplit('/').next() == Some(self.program.as_str())
     }
 
     /// Lets the process run on without this value; its record stays for [`Process::adopt`].

@@ -7,6 +7,7 @@
 
 use core::time::Duration;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -67,6 +68,10 @@ impl Lab {
     }
 
     fn write_files(&self, dataplane: &Value) -> Result<()> {
+        // Left over from a machine that went down: the name is ours, or it could not be claimed.
+        if fs::symlink_metadata(self.dir()).is_ok_and(|old| old.is_dir() && old.uid() == 0) {
+            fs::remove_dir_all(self.dir()).with_context(|| format!("{}", self.dir().display()))?;
+        }
         fs::create_dir(self.dir()).with_context(|| format!("{}", self.dir().display()))?;
         self.write_leases(&self.leases())?;
         self.nodes
