@@ -2,15 +2,18 @@
 
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use core::time::Duration;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::lab::{Host, wait_until};
 use crate::sys;
+
+/// How long a stopped capture goes on collecting where the traffic does not end.
+const DRAIN: Duration = Duration::from_millis(300);
 
 /// Which way a captured frame went, seen from the namespace of the interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,9 +156,13 @@ fn collect(
     wanted: impl Fn(&CapturedFrame) -> bool,
 ) {
     let mut buffer = vec![0; 256 << 10];
+    let mut stop_seen = None;
     loop {
         // Read before receiving: what came before the stop is then in the socket, and is collected.
         let stopping = shared.stop.load(Ordering::Acquire);
+        if stopping && stop_seen.get_or_insert_with(Instant::now).elapsed() > DRAIN {
+            return;
+        }
         match sys::receive_frame(socket, &mut buffer) {
             Ok((length, outgoing)) => {
                 let direction = if outgoing {
@@ -178,8 +185,8 @@ fn collect(
                     shared.over_limit.fetch_add(1, Ordering::AcqRel);
                 }
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && stopping => return,
-            // The interface may go down and come back while a capture runs (ENETDOWN).
+            Err(_) if stopping => return,
+            // Nothing came for a moment; or the interface went down, and may come back.
             Err(_) => {}
         }
     }

@@ -284,6 +284,12 @@ fn a_background_flow_can_be_watched_and_stopped() -> Result<()> {
     wait_until("500 packets have arrived", 10 * SECOND, || {
         flow.snapshot().received >= 500
     })?;
+    // A capture ends when it is stopped, not when the traffic ends, and one that is full says so.
+    let capture = Capture::start(lab.node(1), "eth0", 100)?;
+    capture.wait_for(100, 10 * SECOND)?;
+    let captured = capture.stop();
+    assert_eq!(captured.frames.len(), 100);
+    assert!(captured.missed > 0);
     let report = flow.stop();
     assert!(report.is_perfect() && report.received >= 500, "{report}");
     Ok(())
