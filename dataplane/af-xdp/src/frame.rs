@@ -221,7 +221,7 @@ impl Frame {
     /// Asks the kernel to sum from byte `start` of the packet on and to store at `start + offset`.
     /// The request stays with those bytes when the packet's front moves.
     pub(crate) fn request_checksum(&mut self, start: usize, offset: u8) -> Result<(), NoRoom> {
-        let wanted = start + usize::from(offset) + CHECKSUM_LEN;
+        let wanted = start.saturating_add(usize::from(offset) + CHECKSUM_LEN);
         within(wanted, self.len())?;
         self.checksum_start = self.start + within(start, self.len())?;
         self.checksum_offset = offset;
@@ -260,5 +260,116 @@ impl fmt::Debug for Frame {
             .field("continues", &self.continues)
             .field("checksum", &self.checksum())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Frame, NoRoom};
+
+    fn frame(start: u16, len: u32) -> Frame {
+        Frame::new(1, 0, 11, start, len).unwrap()
+    }
+
+    fn place(frame: &Frame) -> (usize, usize, usize) {
+        (frame.headroom(), frame.len(), frame.tailroom())
+    }
+
+    #[test]
+    fn a_packet_lies_within_its_frame() {
+        assert_eq!(place(&frame(24, 0)), (0, 0, 2024));
+        assert_eq!(place(&frame(24, 2024)), (0, 2024, 0));
+        assert_eq!(place(&frame(2048, 0)), (2024, 0, 0));
+        for (start, len) in [(23, 1), (0, 0), (24, 2025), (2048, 1), (2049, 0)] {
+            assert!(Frame::new(1, 0, 11, start, len).is_none(), "{start} {len}");
+        }
+        for len in [u32::MAX, u32::MAX - 23, 1 << 16] {
+            assert!(Frame::new(1, 0, 11, 24, len).is_none(), "{len}");
+        }
+        assert_eq!(
+            place(&Frame::new(1, 0, 12, 24, 4072).unwrap()),
+            (0, 4072, 0)
+        );
+    }
+
+    #[test]
+    fn the_start_moves_within_headroom_and_packet() {
+        let mut frame = frame(256, 100);
+        frame.push_front(50).unwrap();
+        assert_eq!(place(&frame), (182, 150, 1692));
+        frame.push_front(182).unwrap();
+        assert_eq!(place(&frame), (0, 332, 1692));
+        let refused = NoRoom {
+            wanted: 1,
+            available: 0,
+        };
+        assert_eq!(frame.push_front(1), Err(refused));
+        frame.pop_front(332).unwrap();
+        assert_eq!(place(&frame), (332, 0, 1692));
+        assert!(frame.pop_front(1).is_err());
+        for absurd in [usize::MAX, 1 << 16, (1 << 16) + 1] {
+            assert!(frame.push_front(absurd).is_err());
+            assert!(frame.pop_front(absurd).is_err());
+            assert!(frame.set_len(absurd).is_err());
+            assert!(frame.reset(absurd).is_err());
+        }
+        assert_eq!(
+            place(&frame),
+            (332, 0, 1692),
+            "what was refused changed nothing"
+        );
+    }
+
+    #[test]
+    fn the_end_moves_within_the_frame() {
+        let mut frame = frame(256, 100);
+        frame.truncate(200);
+        assert_eq!(place(&frame), (232, 100, 1692), "truncate does not grow");
+        frame.truncate(10);
+        assert_eq!(place(&frame), (232, 10, 1782));
+        frame.set_len(1792).unwrap();
+        assert_eq!(place(&frame), (232, 1792, 0));
+        assert!(frame.set_len(1793).is_err());
+        frame.reset(2024).unwrap();
+        assert_eq!(place(&frame), (2024, 0, 0));
+        assert!(frame.reset(2025).is_err());
+    }
+
+    #[test]
+    fn a_checksum_request_stays_with_its_bytes() {
+        let mut frame = frame(256, 100);
+        frame.request_checksum(34, 6).unwrap();
+        assert_eq!(frame.checksum(), Some((34, 6)));
+        frame.push_front(50).unwrap();
+        assert_eq!(frame.checksum(), Some((84, 6)));
+        frame.pop_front(84).unwrap();
+        assert_eq!(frame.checksum(), Some((0, 6)));
+        frame.truncate(8);
+        assert_eq!(
+            frame.checksum(),
+            Some((0, 6)),
+            "the sum's last byte is still there"
+        );
+        frame.truncate(7);
+        assert_eq!(frame.checksum(), None);
+    }
+
+    #[test]
+    fn a_checksum_whose_bytes_are_gone_does_not_come_back() {
+        let mut popped = frame(256, 100);
+        popped.request_checksum(34, 6).unwrap();
+        popped.pop_front(35).unwrap();
+        popped.push_front(35).unwrap();
+        assert_eq!(popped.checksum(), None);
+        let mut cut = frame(256, 100);
+        cut.request_checksum(34, 6).unwrap();
+        cut.set_len(40).unwrap();
+        cut.set_len(100).unwrap();
+        assert_eq!(cut.checksum(), None);
+        let mut reused = frame(256, 100);
+        reused.request_checksum(34, 6).unwrap();
+        reused.set_continues(true);
+        reused.reset(232).unwrap();
+        assert_eq!((reused.checksum(), reused.continues()), (None, false));
     }
 }

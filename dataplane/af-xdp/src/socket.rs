@@ -441,8 +441,7 @@ impl Opening<'_> {
 
     /// Binds a socket that shares the registration of `first`.
     fn bind_shared(&self, fd: BorrowedFd<'_>, first: BorrowedFd<'_>) -> Result<(), Error> {
-        #[expect(clippy::cast_sign_loss, reason = "an open descriptor is not negative")]
-        let first = first.as_raw_fd() as u32;
+        let first = first.as_raw_fd().cast_unsigned();
         // Other flags are refused together with this one.
         let Err(source) = self.bind(fd, sys::XDP_SHARED_UMEM, first) else {
             return Ok(());

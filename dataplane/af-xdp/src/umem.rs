@@ -623,3 +623,6 @@ fn next_id() -> Result<u16, Error> {
             rule: "a process can make at most 65535 UMEMs in its life",
         })
 }
+
+#[cfg(test)]
+mod tests;

@@ -34,7 +34,7 @@ impl Redirect {
             PROG_LOAD,
             &ProgLoad {
                 prog_type: PROG_TYPE_XDP,
-                insn_cnt: instructions.len() as u32,
+                insn_cnt: INSTRUCTIONS,
                 insns: instructions.as_ptr().expose_provenance() as u64,
                 license: c"Apache-2.0".as_ptr().expose_provenance() as u64,
                 prog_flags: if frags { F_XDP_HAS_FRAGS } else { 0 },
@@ -44,7 +44,7 @@ impl Redirect {
         let link = bpf(
             LINK_CREATE,
             &LinkCreate {
-                prog_fd: program.as_raw_fd() as u32,
+                prog_fd: descriptor(&program),
                 target_ifindex: interface.index(),
                 attach_type: ATTACH_XDP,
                 flags: 0,
@@ -62,7 +62,7 @@ impl Redirect {
         bpf_call(
             MAP_UPDATE_ELEM,
             &MapUpdate {
-                map_fd: self.sockets.as_raw_fd() as u32,
+                map_fd: descriptor(&self.sockets),
                 pad: 0,
                 key: (&raw const queue).expose_provenance() as u64,
                 value: (&raw const value).expose_provenance() as u64,
@@ -73,8 +73,10 @@ impl Redirect {
     }
 }
 
+const INSTRUCTIONS: u32 = 6;
+
 /// `return bpf_redirect_map(&sockets, ctx->rx_queue_index, XDP_PASS);`
-fn program(map: i32) -> [Instruction; 6] {
+fn program(map: i32) -> [Instruction; INSTRUCTIONS as usize] {
     const R1: u8 = 1;
     const R2: u8 = 2;
     const R3: u8 = 3;
@@ -162,11 +164,16 @@ struct MapUpdate {
     flags: u64,
 }
 
+/// A descriptor as bpf(2) wants it.
+fn descriptor(fd: &OwnedFd) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
 /// A bpf(2) call that answers with a descriptor.
 fn bpf<T>(command: c_uint, attributes: &T) -> io::Result<OwnedFd> {
-    let fd = bpf_call(command, attributes)?;
+    let fd = i32::try_from(bpf_call(command, attributes)?).map_err(io::Error::other)?;
     // SAFETY: a descriptor just received, which nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn bpf_call<T>(command: c_uint, attributes: &T) -> io::Result<c_long> {

@@ -32,9 +32,7 @@ fn a_ring_holds_exactly_its_size() {
 #[test]
 fn nothing_moves_before_commit_and_release() {
     let ((mut producer, mut consumer), _memory) = ring::<u32>(4, u32::MAX);
-    let mut entries = producer.reserve(2);
-    entries.push(1);
-    drop(entries);
+    producer.reserve(2).push(1);
     assert_eq!(pop(&mut consumer), None, "an uncommitted entry was seen");
 
     let mut entries = producer.reserve(4);
@@ -44,7 +42,6 @@ fn nothing_moves_before_commit_and_release() {
     let mut entries = consumer.peek(4);
     assert_eq!(entries.left(), 2, "only what was written is committed");
     assert_eq!(entries.next(), Some(2));
-    drop(entries);
     assert_eq!(pop(&mut consumer), Some(2), "an unreleased entry stays");
     assert_eq!(pop(&mut consumer), Some(3));
 }
@@ -65,10 +62,9 @@ fn looking_ahead_takes_nothing() {
 
 #[test]
 fn an_end_goes_on_where_the_ring_stands() {
-    let ((mut producer, consumer), memory) = ring::<u32>(4, u32::MAX);
+    let ((mut producer, _), memory) = ring::<u32>(4, u32::MAX);
     push(&mut producer, 1);
     push(&mut producer, 2);
-    drop((producer, consumer));
     let (mut producer, mut consumer) = ends(&memory);
     assert!(push(&mut producer, 3));
     assert!(push(&mut producer, 4));

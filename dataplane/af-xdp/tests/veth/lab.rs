@@ -72,3 +72,41 @@ impl Lab {
         }
     }
 }
+
+/// Takes `CAP_IPC_LOCK` from the calling thread, and lets threads without it lock 64 KiB. Threads
+/// that have it, like all others here, are not affected by the limit.
+pub(crate) fn forgo_locked_memory() {
+    const CAP_IPC_LOCK: u32 = 14;
+    let limit = libc::rlimit {
+        rlim_cur: 64 << 10,
+        rlim_max: 64 << 10,
+    };
+    // SAFETY: `limit` is valid for reading.
+    let result = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
+    assert_eq!(result, 0, "setrlimit: {}", std::io::Error::last_os_error());
+    set_capabilities(!(1 << CAP_IPC_LOCK), u32::MAX);
+}
+
+/// Takes all capabilities from the calling thread.
+pub(crate) fn forgo_all_capabilities() {
+    set_capabilities(0, 0);
+}
+
+/// Leaves the calling thread those of its capabilities that are in the given sets, 0 to 31 and 32
+/// to 63.
+fn set_capabilities(low: u32, high: u32) {
+    /// `_LINUX_CAPABILITY_VERSION_3` of `include/uapi/linux/capability.h`.
+    const VERSION: u32 = 0x2008_0522;
+    // Version and thread; then effective, permitted and inheritable of each half.
+    let header = [VERSION, 0];
+    let mut sets = [0_u32; 6];
+    // SAFETY: both arrays are as long as version 3 says.
+    let result = unsafe { libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()) };
+    assert_eq!(result, 0, "capget: {}", std::io::Error::last_os_error());
+    for (place, set) in sets.iter_mut().enumerate() {
+        *set &= if place < 3 { low } else { high };
+    }
+    // SAFETY: as above.
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+    assert_eq!(result, 0, "capset: {}", std::io::Error::last_os_error());
+}
