@@ -19,7 +19,7 @@ pub struct Faults {
     pub no_room: u8,
     /// Refuses a packet.
     pub refuse: u8,
-    /// Gives no transmitted frame back.
+    /// Gives no transmitted frame back in this turn.
     pub complete_late: u8,
 }
 
@@ -85,10 +85,8 @@ impl Port for MemoryPort {
     const REFUSED: DropReason = DropReason::HostWriteFailed;
 
     fn reclaim(&mut self, umem: &mut Umem) {
-        while !self.in_flight.is_empty() && !self.random.happens(self.faults.complete_late) {
-            if let Some(frame) = self.in_flight.pop_front() {
-                umem.give(frame);
-            }
+        if !self.random.happens(self.faults.complete_late) {
+            self.in_flight.drain(..).for_each(|frame| umem.give(frame));
         }
     }
 

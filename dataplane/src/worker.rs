@@ -118,7 +118,9 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
     pub fn turn(&mut self) -> usize {
         self.follow_table();
         self.nic.reclaim(&mut self.umem);
+        self.host.reclaim(&mut self.umem);
         self.nic.refill(&mut self.umem);
+        self.host.refill(&mut self.umem);
         let received = self.nic_to_host() + self.host_to_nic();
         let calls = self.nic.flush() + self.host.flush();
         self.counters.add(Counter::Kicks, calls);

@@ -1,0 +1,245 @@
+//! Packets written as fields, and a small table to forward them by. Shared by tests, each of which uses a part.
+#![allow(
+    dead_code,
+    clippy::allow_attributes,
+    reason = "each test binary uses a part of it"
+)]
+
+use core::net::Ipv4Addr;
+
+use ripstop_fib::sync::words;
+use ripstop_fib::{Adjacency, ImageBuilder, Node, Route, Word};
+
+/// An inner IPv4 packet with a UDP-like transport header.
+#[derive(Debug, Clone)]
+pub(crate) struct Inner {
+    pub(crate) source: [u8; 4],
+    pub(crate) destination: [u8; 4],
+    pub(crate) version_ihl: u8,
+    pub(crate) tos: u8,
+    pub(crate) fragment: u16,
+    pub(crate) protocol: u8,
+    pub(crate) options: Vec<u8>,
+    pub(crate) ports: (u16, u16),
+    /// Bytes behind the 8 bytes of the transport header.
+    pub(crate) payload: usize,
+    pub(crate) total_len: Option<u16>,
+    pub(crate) total_len_error: i16,
+    pub(crate) checksum_error: u16,
+}
+
+impl Default for Inner {
+    fn default() -> Self {
+        Self {
+            source: [10, 244, 2, 7],
+            destination: [10, 244, 1, 5],
+            version_ihl: 0x45,
+            tos: 0,
+            fragment: 0,
+            protocol: 17,
+            options: Vec::new(),
+            ports: (1234, 80),
+            payload: 36,
+            total_len: None,
+            total_len_error: 0,
+            checksum_error: 0,
+        }
+    }
+}
+
+impl Inner {
+    /// The packet's bytes. The transport checksum is left zero.
+    pub(crate) fn packet(&self) -> Vec<u8> {
+        let header_len = 20 + self.options.len();
+        let len = header_len + 8 + self.payload;
+        let total_len = self
+            .total_len
+            .unwrap_or_else(|| u16::try_from(len).unwrap());
+        let version_ihl = if self.options.is_empty() {
+            self.version_ihl
+        } else {
+            0x40 | u8::try_from(header_len / 4).unwrap()
+        };
+        let mut packet = vec![version_ihl, self.tos];
+        packet.extend(
+            total_len
+                .wrapping_add_signed(self.total_len_error)
+                .to_be_bytes(),
+        );
+        packet.extend([0x12, 0x34]);
+        packet.extend(self.fragment.to_be_bytes());
+        packet.extend([63, self.protocol, 0, 0]);
+        packet.extend(self.source);
+        packet.extend(self.destination);
+        packet.extend(&self.options);
+        let checksum = checksum(&packet).wrapping_add(self.checksum_error);
+        packet[10..12].copy_from_slice(&checksum.to_be_bytes());
+        packet.extend(self.ports.0.to_be_bytes());
+        packet.extend(self.ports.1.to_be_bytes());
+        packet.extend(u16::try_from(8 + self.payload).unwrap().to_be_bytes());
+        packet.extend([0, 0]);
+        packet.extend((0..self.payload).map(|at| u8::try_from(at % 251).unwrap()));
+        packet
+    }
+}
+
+/// A tunnel frame as it lies in the receive ring; the default is a good one from the peer 10.199.0.12 to us.
+#[derive(Debug, Clone)]
+pub(crate) struct Tunnel {
+    pub(crate) ether_type: u16,
+    pub(crate) version_ihl: u8,
+    pub(crate) tos: u8,
+    pub(crate) fragment: u16,
+    pub(crate) protocol: u8,
+    pub(crate) source: [u8; 4],
+    pub(crate) destination: [u8; 4],
+    pub(crate) port: u16,
+    pub(crate) flags: u32,
+    pub(crate) vni: u32,
+    pub(crate) reserved: u8,
+    pub(crate) inner_destination: [u8; 6],
+    pub(crate) inner_source: [u8; 6],
+    pub(crate) inner_ether_type: u16,
+    pub(crate) inner: Inner,
+    /// Bytes between the inner packet's end and the tunnel packet's.
+    pub(crate) padding: usize,
+    /// Keeps only so many bytes of the inner frame, with outer lengths that agree.
+    pub(crate) inner_cut: Option<usize>,
+    pub(crate) total_len_error: i16,
+    pub(crate) udp_len_error: i16,
+    pub(crate) checksum_error: u16,
+}
+
+impl Default for Tunnel {
+    fn default() -> Self {
+        Self {
+            ether_type: 0x0800,
+            version_ihl: 0x45,
+            tos: 0,
+            fragment: 0,
+            protocol: 17,
+            source: [10, 199, 0, 12],
+            destination: [10, 199, 0, 11],
+            port: 8472,
+            flags: 0x0800_0000,
+            vni: 1,
+            reserved: 0,
+            inner_destination: local_node().vtep_mac,
+            inner_source: [2, 0x52, 0x53, 0, 0, 2],
+            inner_ether_type: 0x0800,
+            inner: Inner::default(),
+            padding: 0,
+            inner_cut: None,
+            total_len_error: 0,
+            udp_len_error: 0,
+            checksum_error: 0,
+        }
+    }
+}
+
+impl Tunnel {
+    /// The frame's bytes.
+    pub(crate) fn frame(&self) -> Vec<u8> {
+        let mut inner = [self.inner_destination, self.inner_source].concat();
+        inner.extend(self.inner_ether_type.to_be_bytes());
+        inner.extend(self.inner.packet());
+        inner.extend(vec![0; self.padding]);
+        inner.truncate(self.inner_cut.unwrap_or(inner.len()));
+        let udp_len = u16::try_from(16 + inner.len()).unwrap();
+        let mut ip = vec![self.version_ihl, self.tos];
+        ip.extend(
+            (udp_len + 20)
+                .wrapping_add_signed(self.total_len_error)
+                .to_be_bytes(),
+        );
+        ip.extend([0x43, 0x21]);
+        ip.extend(self.fragment.to_be_bytes());
+        ip.extend([64, self.protocol, 0, 0]);
+        ip.extend(self.source);
+        ip.extend(self.destination);
+        let checksum = checksum(&ip).wrapping_add(self.checksum_error);
+        ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+
+        let mut frame = vec![2, 0xee, 0, 0, 0, 1, 2, 0xee, 0, 0, 0, 2];
+        frame.extend(self.ether_type.to_be_bytes());
+        frame.extend(ip);
+        frame.extend(40000u16.to_be_bytes());
+        frame.extend(self.port.to_be_bytes());
+        frame.extend(
+            udp_len
+                .wrapping_add_signed(self.udp_len_error)
+                .to_be_bytes(),
+        );
+        frame.extend([0, 0]);
+        frame.extend(self.flags.to_be_bytes());
+        frame.extend((self.vni << 8 | u32::from(self.reserved)).to_be_bytes());
+        frame.extend(inner);
+        frame
+    }
+}
+
+/// The dumb checksum: RFC 1071 section 4.1, word by word.
+pub(crate) fn checksum(bytes: &[u8]) -> u16 {
+    let words = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
+    let mut sum: u32 = words.sum();
+    while sum >> 16 != 0 {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap()
+}
+
+/// A node of the test cluster: node `n` has the address 10.199.0.(10+n), the lease 10.244.n.0/24.
+pub(crate) fn node(number: u8) -> Node {
+    Node {
+        local: Ipv4Addr::new(10, 199, 0, 10 + number),
+        udp_port: 8472,
+        vni: 1,
+        vtep_mac: [2, 0x52, 0x53, 0, 0, number],
+        subnet: (Ipv4Addr::new(10, 244, number, 0), 24),
+        pod_mtu: 1450,
+        underlay_ifindex: 2,
+        flow_seed: 0x5eed,
+    }
+}
+
+/// Node 1, which "we" are.
+pub(crate) fn local_node() -> Node {
+    node(1)
+}
+
+/// Our table: peers 2 and 3 reachable, peer 4 not resolved.
+pub(crate) fn table_words() -> Vec<Word> {
+    words(&image_of(1))
+}
+
+/// The table of node 2.
+pub(crate) fn peer_table_words() -> Vec<Word> {
+    words(&image_of(2))
+}
+
+/// The image of a node of the cluster of four.
+pub(crate) fn image_of(own: u8) -> Vec<u64> {
+    let us = node(own);
+    let mut builder = ImageBuilder::new(us);
+    builder.route4(us.subnet.0, us.subnet.1, Route::Local);
+    for peer in (1..=4u8).filter(|peer| *peer != own) {
+        let them = node(peer);
+        let route = if peer == 4 {
+            Route::Unresolved
+        } else {
+            let header = Adjacency::vxlan4(
+                &us,
+                [2, 0xee, 0, 0, 0, own],
+                [2, 0xee, 0, 0, 0, peer],
+                them.local,
+                them.vtep_mac,
+            );
+            Route::Via(builder.adjacency(header))
+        };
+        builder.route4(them.subnet.0, them.subnet.1, route);
+        builder.peer4(them.local, them.subnet.0, them.subnet.1);
+    }
+    builder.build().unwrap()
+}
