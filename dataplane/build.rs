@@ -10,6 +10,7 @@ use libbpf_cargo::SkeletonBuilder;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=bpf");
+    println!("cargo:rerun-if-env-changed=CC");
 
     // -mcpu=v3 (kernel 5.1): 32-bit jumps and arithmetic, which clang 14 does not use unasked.
     let mut arguments = ["-mcpu=v3", "-Wall", "-Werror"].map(str::to_owned).to_vec();

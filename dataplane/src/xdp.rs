@@ -370,7 +370,20 @@ pub enum XdpError {
 struct Attachment {
     nic: String,
     mode: AttachedMode,
-    _link: OwnedFd,
+    link: OwnedFd,
+}
+
+impl Drop for Attachment {
+    /// Closing alone would detach later if another descriptor of the link is
+    /// open, as in a child between fork and exec.
+    fn drop(&mut self) {
+        // SAFETY: an open descriptor; the call reads nothing else.
+        let status = unsafe { sys::bpf_link_detach(self.link.as_raw_fd()) };
+        if status < 0 {
+            let error = io::Error::from_raw_os_error(-status);
+            tracing::debug!(nic = self.nic, %error, "the kernel detaches when the link is closed");
+        }
+    }
 }
 
 /// The loaded program and its maps.
@@ -467,7 +480,7 @@ impl XdpProgram {
         self.attachment = Some(Attachment {
             nic: nic.name.clone(),
             mode,
-            _link: link,
+            link,
         });
         Ok(mode)
     }
@@ -747,6 +760,49 @@ mod tests {
         assert_eq!(endpoint >> 32 & 0xffff, u64::from(8472u16.to_be()));
         assert_eq!(network & 0xffff_ffff, 0x00ab_cdef);
         assert_eq!((endpoint >> 48, network >> 48), (0x0102, 0x0102));
+    }
+
+    /// Needs root, like everything that loads a program.
+    #[test]
+    fn half_a_configuration_matches_nothing() {
+        let tunnel = TunnelMatch {
+            local: Ipv4Addr::new(192, 0, 2, 1),
+            port: 8472,
+            vni: 1,
+        };
+        // Ethernet, IPv4, UDP and VXLAN, as little of each as must be right.
+        let mut frame = [0; 64];
+        frame[12..16].copy_from_slice(&[8, 0, 0x45, 0]);
+        frame[17] = 50;
+        frame[23] = 17;
+        frame[30..34].copy_from_slice(&tunnel.local.octets());
+        frame[36..40].copy_from_slice(&[0x21, 0x18, 0, 30]);
+        frame[42] = 8;
+        frame[48] = 1;
+
+        let mut program = XdpProgram::load(1500).unwrap();
+        let outcome = |program: &XdpProgram| {
+            let before = program.counters().unwrap();
+            program.run(Buffers::One, &frame, None).unwrap();
+            let after = program.counters().unwrap();
+            Outcome::ALL
+                .into_iter()
+                .find(|which| after[*which] > before[*which])
+        };
+        program.configure(&tunnel).unwrap();
+        assert_eq!(outcome(&program), Some(Outcome::NoSocket));
+
+        // Every state on the way to the next configuration, in either order of the stores.
+        let [endpoint, network] = tunnel.words(program.generation + 1);
+        let words = program.tunnel_words().unwrap();
+        let old = [&words.endpoint, &words.network].map(|word| word.load(Ordering::Relaxed));
+        words.endpoint.store(endpoint, Ordering::Relaxed);
+        assert_eq!(outcome(&program), Some(Outcome::PassedOther));
+        words.endpoint.store(old[0], Ordering::Relaxed);
+        words.network.store(network, Ordering::Relaxed);
+        assert_eq!(outcome(&program), Some(Outcome::PassedOther));
+        words.endpoint.store(endpoint, Ordering::Relaxed);
+        assert_eq!(outcome(&program), Some(Outcome::NoSocket));
     }
 
     #[test]
