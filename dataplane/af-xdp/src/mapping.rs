@@ -21,7 +21,9 @@ unsafe impl Send for Mapping {}
 impl Mapping {
     /// Zeroed memory of this process alone.
     pub(crate) fn anonymous(len: usize, flags: c_int) -> io::Result<Self> {
-        let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+        // Miri maps private anonymous memory, but knows no other flags.
+        let populate = if cfg!(miri) { 0 } else { libc::MAP_POPULATE };
+        let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | populate;
         Self::map(len, flags, -1, 0)
     }
 
