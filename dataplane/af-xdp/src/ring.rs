@@ -355,7 +355,9 @@ impl<T: Copy, M> Iterator for Peek<'_, T, M> {
 
 #[cfg(test)]
 mod memory;
-#[cfg(all(test, loom))]
+#[cfg(test)]
+#[cfg(loom)]
 mod model_loom;
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod tests;

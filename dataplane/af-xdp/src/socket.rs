@@ -941,3 +941,7 @@ fn check_umem(expected: u16, umem: &Umem) {
         "a socket was used with a UMEM that it was not opened on"
     );
 }
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests;
