@@ -24,6 +24,47 @@
 //! the XSKMAP.
 //!
 //! [`SocketHandle::as_fd`]: std::os::fd::AsFd::as_fd
+//!
+//! ```no_run
+//! use af_xdp::{Interface, Socket, SocketOptions, Umem, UmemOptions};
+//!
+//! # fn main() -> Result<(), Box<dyn core::error::Error>> {
+//! let mut umem = Umem::new(&UmemOptions::default())?;
+//! let interface = Interface::by_name("eth0")?;
+//! let mut socket = Socket::open(&mut umem, &interface, 0, &SocketOptions::default())?;
+//! socket.receiver.refill(&mut umem, 1024);
+//! let mut burst = Vec::with_capacity(64);
+//! socket.receiver.receive(&mut umem, &mut burst, 64);
+//! for frame in burst.drain(..) {
+//!     let _first = umem.packet(&frame).first();
+//!     umem.give(frame);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What must not compile: a frame is not copied,
+//!
+//! ```compile_fail,E0382
+//! # let mut umem = af_xdp::Umem::new(&af_xdp::UmemOptions::default()).unwrap();
+//! let frame = umem.take().unwrap();
+//! umem.give(frame);
+//! umem.packet(&frame);
+//! ```
+//!
+//! and its bytes are not changed while they are read.
+//!
+//! ```compile_fail,E0502
+//! # let mut umem = af_xdp::Umem::new(&af_xdp::UmemOptions::default()).unwrap();
+//! let mut frame = umem.take().unwrap();
+//! let read = umem.packet(&frame);
+//! umem.packet_mut(&mut frame).fill(0);
+//! assert_eq!(read[0], 0);
+//! ```
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 mod error;
 mod frame;
