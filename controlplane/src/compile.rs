@@ -44,7 +44,11 @@ pub fn compile(
             None => Route::Unresolved,
         };
         image.route4(peer.subnet.network(), peer.subnet.prefix_len(), route);
-        image.peer4(peer.public_ip, peer.subnet.network(), peer.subnet.prefix_len());
+        image.peer4(
+            peer.public_ip,
+            peer.subnet.network(),
+            peer.subnet.prefix_len(),
+        );
         image.lease(record(peer, next_hop, false));
     }
     image.build()
@@ -67,7 +71,8 @@ fn record(lease: &Lease, next_hop: Option<Mac>, local: bool) -> LeaseRecord {
 /// Spreads flows differently on every node and equally after every restart (splitmix64's finalizer).
 fn flow_seed(own: &Lease) -> u64 {
     let [a, b, c, d, e, f] = own.vtep_mac.0;
-    let mut seed = u64::from_be_bytes([a, b, c, d, e, f, 0, 0]) ^ u64::from(own.public_ip.to_bits());
+    let mut seed =
+        u64::from_be_bytes([a, b, c, d, e, f, 0, 0]) ^ u64::from(own.public_ip.to_bits());
     seed = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     seed = (seed ^ (seed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     seed ^ (seed >> 31)
@@ -88,8 +93,12 @@ mod tests {
     }
 
     fn input() -> (LeaseSet, NetConf, Underlay) {
-        let leases = LeaseSet { own: lease(1), peers: vec![lease(2), lease(3)] };
-        let conf = NetConf::parse(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap();
+        let leases = LeaseSet {
+            own: lease(1),
+            peers: vec![lease(2), lease(3)],
+        };
+        let conf =
+            NetConf::parse(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap();
         let underlay = Underlay {
             index: 2,
             name: "eth0".to_owned(),
@@ -112,8 +121,12 @@ mod tests {
         let image = Image::attach(&words).unwrap();
         image.verify().unwrap();
         assert_eq!(image.adjacencies(), 1);
-        let header: Vec<u8> =
-            image.template(AdjacencyId(0)).unwrap().into_iter().flat_map(u64::to_le_bytes).collect();
+        let header: Vec<u8> = image
+            .template(AdjacencyId(0))
+            .unwrap()
+            .into_iter()
+            .flat_map(u64::to_le_bytes)
+            .collect();
         #[rustfmt::skip]
         let expected = [
             // Outer Ethernet: next hop, underlay, IPv4.
@@ -140,7 +153,10 @@ mod tests {
         let image = Image::attach(&words).unwrap();
         let address = |text: &str| text.parse::<Ipv4Addr>().unwrap().to_bits();
         assert_eq!(image.lookup4(address("10.244.1.9")), Hop::Local);
-        assert!(matches!(image.lookup4(address("10.244.2.9")), Hop::Via { .. }));
+        assert!(matches!(
+            image.lookup4(address("10.244.2.9")),
+            Hop::Via { .. }
+        ));
         assert_eq!(image.lookup4(address("10.244.3.9")), Hop::Unresolved);
         assert_eq!(image.lookup4(address("10.244.4.9")), Hop::None);
         let check = |outer, inner| image.check_peer4(address(outer), address(inner));
@@ -148,10 +164,23 @@ mod tests {
         assert_eq!(check("10.199.0.3", "10.244.3.7"), PeerCheck::Allowed);
         assert_ne!(check("10.199.0.2", "10.244.3.7"), PeerCheck::Allowed);
         assert_ne!(check("10.199.0.1", "10.244.1.7"), PeerCheck::Allowed);
-        let found: Vec<_> = image.leases().map(|lease| (lease.node_name().to_owned(), lease.resolved)).collect();
-        assert_eq!(found, [("n1".to_owned(), true), ("n2".to_owned(), true), ("n3".to_owned(), false)]);
+        let found: Vec<_> = image
+            .leases()
+            .map(|lease| (lease.node_name().to_owned(), lease.resolved))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                ("n1".to_owned(), true),
+                ("n2".to_owned(), true),
+                ("n3".to_owned(), false)
+            ]
+        );
         let node = image.node();
-        assert_eq!((node.local, node.pod_mtu, node.vni), (leases.own.public_ip, 1450, 1));
+        assert_eq!(
+            (node.local, node.pod_mtu, node.vni),
+            (leases.own.public_ip, 1450, 1)
+        );
     }
 
     #[test]

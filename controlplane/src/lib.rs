@@ -13,11 +13,21 @@
 //!   netlink ─────┘      └── stats region   └─► detour ──► rip0 routes and rule, while workers are alive
 //! ```
 
+pub mod compile;
+pub mod detour;
 pub mod interface;
 pub mod lease;
 pub mod mac;
 pub mod netconf;
 pub mod netlink;
-
+pub mod nexthop;
+pub mod problems;
+pub mod publish;
+pub mod reconcile;
+pub mod rules;
 pub mod standby;
+pub mod state;
 pub mod sys;
+
+/// Where the shared regions are unless the operator says otherwise.
+pub const DEFAULT_RUN_DIR: &str = "/run/ripstop";

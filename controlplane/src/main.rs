@@ -1,2 +1,105 @@
-//! The control-plane process.
-fn main() {}
+//! The control-plane process: reads its configuration, starts the lease source, runs the loop.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::Parser;
+use ripstop_controlplane::interface::Selection;
+use ripstop_controlplane::lease::file::FileSource;
+use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
+use ripstop_controlplane::netconf::NetConf;
+use ripstop_controlplane::reconcile::{Reconciler, Settings};
+use ripstop_controlplane::sys::{Signals, Wake, hostname};
+use ripstop_controlplane::{DEFAULT_RUN_DIR, detour};
+use tracing_subscriber::EnvFilter;
+
+/// Control plane of a Ripstop node: keeps the kernel's VXLAN path and the workers' forwarding table as the leases say.
+#[derive(Debug, Parser)]
+#[command(name = "ripstop-controlplane", version)]
+struct Flags {
+    /// Network configuration, as flannel reads it
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/etc/kube-flannel/net-conf.json"
+    )]
+    net_config_path: PathBuf,
+    /// Leases of all nodes; watched
+    #[arg(long, value_name = "FILE", default_value = "/etc/ripstop/leases.json")]
+    lease_file: PathBuf,
+    /// This node's name in the leases [default: host name]
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    node_name: Option<String>,
+    /// Interface, or its address, for traffic between nodes; the first that exists is used
+    #[arg(long, value_name = "NAME|IP")]
+    iface: Vec<String>,
+    /// Address that other nodes reach this one by
+    #[arg(long, value_name = "IP")]
+    public_ip: Option<Ipv4Addr>,
+    /// Directory of the regions shared with the data plane
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    run_dir: PathBuf,
+    /// Number of the routing table for the routes through rip0
+    #[arg(long, value_name = "NUMBER", default_value_t = detour::TABLE, value_parser = clap::value_parser!(u32).range(1..))]
+    route_table: u32,
+    /// error, warn, info, debug, trace, or a filter as tracing-subscriber takes it
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log_level: EnvFilter,
+}
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false)
+        .with_env_filter(flags.log_level.clone())
+        .init();
+    match run(flags) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(flags: Flags) -> anyhow::Result<()> {
+    // Before any thread exists, so that all inherit the mask.
+    let signals = Signals::take_over().context("take over SIGTERM and SIGINT")?;
+    let conf = NetConf::load(&flags.net_config_path)?;
+    let node = match flags.node_name.filter(|name| !name.is_empty()) {
+        Some(name) => name,
+        None => hostname().context("read the host name; give --node-name")?,
+    };
+    let source = Box::new(FileSource::new(
+        flags.lease_file,
+        node.clone(),
+        conf.network,
+    ));
+    let mut reconciler = Reconciler::new(Settings {
+        node: node.clone(),
+        conf,
+        selection: Selection {
+            ifaces: flags.iface,
+            public_ip: flags.public_ip,
+            lease_ip: None,
+        },
+        run_dir: flags.run_dir,
+        table: flags.route_table,
+        lease_source: source.describe(),
+    })?;
+    tracing::info!(node, leases = source.describe(), "control plane started");
+    let wake = Arc::new(Wake::new()?);
+    let (queue, events) = crossbeam::channel::unbounded();
+    let sink = LeaseSink::new(queue, Arc::clone(&wake));
+    std::thread::Builder::new()
+        .name("leases".to_owned())
+        .spawn(move || source.run(&sink))?;
+    reconciler.run(&events, &wake, &signals);
+    tracing::info!("control plane stopped; routes, devices and the forwarding table stay in place");
+    Ok(())
+}

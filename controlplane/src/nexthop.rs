@@ -44,8 +44,14 @@ pub enum Reason {
 impl core::fmt::Display for Reason {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match self {
-            Self::NoRoute(errno) => write!(f, "no route ({})", std::io::Error::from_raw_os_error(*errno)),
-            Self::OtherInterface(index) => write!(f, "the route leaves by another interface (index {index})"),
+            Self::NoRoute(errno) => write!(
+                f,
+                "no route ({})",
+                std::io::Error::from_raw_os_error(*errno)
+            ),
+            Self::OtherInterface(index) => {
+                write!(f, "the route leaves by another interface (index {index})")
+            }
             Self::NotUnicast => write!(f, "the address is our own or a broadcast address"),
             Self::Resolving => write!(f, "the next hop is being resolved"),
             Self::Silent => write!(f, "the next hop does not answer to ARP"),
@@ -86,13 +92,19 @@ impl NextHops {
     ) -> Result<(), NetlinkError> {
         let peers: HashSet<Ipv4Addr> = peers.collect();
         self.routes.retain(|peer, _| peers.contains(peer));
-        let unknown: Vec<Ipv4Addr> = peers.into_iter().filter(|peer| !self.routes.contains_key(peer)).collect();
+        let unknown: Vec<Ipv4Addr> = peers
+            .into_iter()
+            .filter(|peer| !self.routes.contains_key(peer))
+            .collect();
         let answers = netlink.lookup_routes(source, &unknown)?;
         for (peer, answer) in unknown.into_iter().zip(answers) {
             self.routes.insert(peer, via(peer, answer, underlay.index));
         }
         let neighbours = netlink.neighbours(underlay.index)?;
-        self.neighbours = neighbours.into_iter().map(|neighbour| (neighbour.address, neighbour)).collect();
+        self.neighbours = neighbours
+            .into_iter()
+            .map(|neighbour| (neighbour.address, neighbour))
+            .collect();
         let requests = self.pokes(underlay.index, now);
         // A refusal shows as an entry that stays unresolved, and is tried again.
         let _unresolved = netlink.execute(&requests)?;
@@ -105,7 +117,10 @@ impl NextHops {
         self.poked.retain(|address, _| in_use.contains(address));
         let mut requests = Vec::new();
         for address in in_use {
-            let state = self.neighbours.get(&address).map_or(Reachability::Failed, |neighbour| neighbour.state);
+            let state = self
+                .neighbours
+                .get(&address)
+                .map_or(Reachability::Failed, |neighbour| neighbour.state);
             let wanted = match state {
                 // Permanent ones would become dynamic.
                 Reachability::Permanent | Reachability::Confirmed => false,
@@ -113,7 +128,10 @@ impl NextHops {
                 Reachability::Probing | Reachability::Incomplete => false,
                 Reachability::Stale | Reachability::Failed => true,
             };
-            let recently = self.poked.get(&address).is_some_and(|&last| now.duration_since(last) < POKE_INTERVAL);
+            let recently = self
+                .poked
+                .get(&address)
+                .is_some_and(|&last| now.duration_since(last) < POKE_INTERVAL);
             if wanted && !recently {
                 self.poked.insert(address, now);
                 requests.push(message::use_neighbour(link, address));
@@ -130,10 +148,15 @@ impl NextHops {
             None => return NextHop::Unresolved(Reason::Resolving),
         };
         match self.neighbours.get(address) {
-            Some(Neighbour { mac: Some(mac), state, .. }) if state.is_usable() && !mac.is_zero() => {
-                NextHop::Resolved(*mac)
-            }
-            Some(Neighbour { state: Reachability::Failed, .. }) => NextHop::Unresolved(Reason::Silent),
+            Some(Neighbour {
+                mac: Some(mac),
+                state,
+                ..
+            }) if state.is_usable() && !mac.is_zero() => NextHop::Resolved(*mac),
+            Some(Neighbour {
+                state: Reachability::Failed,
+                ..
+            }) => NextHop::Unresolved(Reason::Silent),
             _ => NextHop::Unresolved(Reason::Resolving),
         }
     }
@@ -148,7 +171,11 @@ impl NextHops {
 
     /// Number of neighbours that serve all peers.
     pub fn neighbours_in_use(&self) -> usize {
-        self.routes.values().filter_map(Via::neighbour).collect::<HashSet<_>>().len()
+        self.routes
+            .values()
+            .filter_map(Via::neighbour)
+            .collect::<HashSet<_>>()
+            .len()
     }
 }
 
@@ -181,7 +208,15 @@ mod tests {
         hops.routes.insert(PEER, Via::Neighbour(PEER));
         if let Some(state) = state {
             let mac = state.is_usable().then_some(Mac([2, 0, 0, 0, 0, 2]));
-            hops.neighbours.insert(PEER, Neighbour { link: 2, address: PEER, mac, state });
+            hops.neighbours.insert(
+                PEER,
+                Neighbour {
+                    link: 2,
+                    address: PEER,
+                    mac,
+                    state,
+                },
+            );
         }
         hops
     }
@@ -197,14 +232,26 @@ mod tests {
             (Some(Reachability::Stale), resolved, true),
             (Some(Reachability::Probing), resolved, false),
             (Some(Reachability::Incomplete), resolving, false),
-            (Some(Reachability::Failed), NextHop::Unresolved(Reason::Silent), true),
+            (
+                Some(Reachability::Failed),
+                NextHop::Unresolved(Reason::Silent),
+                true,
+            ),
         ] {
             let mut hops = hops(state);
             assert_eq!(hops.get(PEER), expected, "{state:?}");
             let now = Instant::now();
             assert_eq!(hops.pokes(2, now).len(), usize::from(poked), "{state:?}");
-            assert_eq!(hops.pokes(2, now + POKE_INTERVAL / 2).len(), 0, "{state:?}: too soon");
-            assert_eq!(hops.pokes(2, now + POKE_INTERVAL).len(), usize::from(poked), "{state:?}");
+            assert_eq!(
+                hops.pokes(2, now + POKE_INTERVAL / 2).len(),
+                0,
+                "{state:?}: too soon"
+            );
+            assert_eq!(
+                hops.pokes(2, now + POKE_INTERVAL).len(),
+                usize::from(poked),
+                "{state:?}"
+            );
         }
     }
 
@@ -213,7 +260,11 @@ mod tests {
         let gateway = Ipv4Addr::new(10, 199, 0, 254);
         let mut hops = NextHops::default();
         for i in 0..1000 {
-            let answer = RouteAnswer { link: 2, gateway: Some(gateway), unicast: true };
+            let answer = RouteAnswer {
+                link: 2,
+                gateway: Some(gateway),
+                unicast: true,
+            };
             let peer = Ipv4Addr::from_bits(PEER.to_bits() + i);
             hops.routes.insert(peer, via(peer, Ok(answer), 2));
         }
@@ -223,11 +274,31 @@ mod tests {
 
     #[test]
     fn only_unicast_routes_through_the_underlay_count() {
-        let answer = RouteAnswer { link: 3, gateway: None, unicast: true };
-        assert!(matches!(via(PEER, Ok(answer), 2), Via::Nothing(Reason::OtherInterface(3))));
-        let answer = RouteAnswer { link: 2, unicast: false, gateway: None };
-        assert!(matches!(via(PEER, Ok(answer), 2), Via::Nothing(Reason::NotUnicast)));
-        let refusal = Refusal { errno: libc::ENETUNREACH, explanation: None };
-        assert!(matches!(via(PEER, Err(refusal), 2), Via::Nothing(Reason::NoRoute(libc::ENETUNREACH))));
+        let answer = RouteAnswer {
+            link: 3,
+            gateway: None,
+            unicast: true,
+        };
+        assert!(matches!(
+            via(PEER, Ok(answer), 2),
+            Via::Nothing(Reason::OtherInterface(3))
+        ));
+        let answer = RouteAnswer {
+            link: 2,
+            unicast: false,
+            gateway: None,
+        };
+        assert!(matches!(
+            via(PEER, Ok(answer), 2),
+            Via::Nothing(Reason::NotUnicast)
+        ));
+        let refusal = Refusal {
+            errno: libc::ENETUNREACH,
+            explanation: None,
+        };
+        assert!(matches!(
+            via(PEER, Err(refusal), 2),
+            Via::Nothing(Reason::NoRoute(libc::ENETUNREACH))
+        ));
     }
 }

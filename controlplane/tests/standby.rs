@@ -86,7 +86,7 @@ fn what_others_delete_or_change_is_put_back() {
     reconcile(&node, &set);
     let state = || {
         [
-            node.ip("-d addr show flannel.1"),
+            node.ip("-d -4 addr show flannel.1"),
             node.ip("-d route"),
             node.ip("neigh show dev flannel.1"),
         ]

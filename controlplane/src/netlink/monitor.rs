@@ -7,14 +7,15 @@ use core::ops::BitOrAssign;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_route::AddressFamily;
-use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
+use netlink_sys::Socket;
+use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 
 use super::message::{
     Neighbour, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_DELRULE, RTM_NEWADDR,
-    RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_NEWRULE, Route, u32_at,
+    RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_NEWRULE, Route, attributes, u32_at,
 };
 use super::{NetlinkError, for_each_message, open_socket, receive_into};
-use crate::sys::borrow_netlink;
+use crate::sys::{borrow_netlink, force_receive_buffer};
 
 /// Multicast groups (rtnetlink.h): links, neighbours with forwarding entries, IPv4 addresses, routes, rules.
 const GROUPS: [u32; 5] = [1, 3, 5, 7, 8];
@@ -162,4 +163,70 @@ fn classify(kind: u16, payload: &[u8], interests: Interests) -> Dirty {
         _ => {}
     }
     dirty
+}
+
+/// A subscription to changes of one nftables table.
+pub struct RulesetMonitor {
+    socket: Socket,
+    buffer: Vec<u8>,
+    table: Vec<u8>,
+    touched: bool,
+}
+
+impl core::fmt::Debug for RulesetMonitor {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("RulesetMonitor").finish_non_exhaustive()
+    }
+}
+
+impl AsFd for RulesetMonitor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        borrow_netlink(&self.socket)
+    }
+}
+
+impl RulesetMonitor {
+    /// Subscribes to changes of the table named `table`.
+    pub fn open(table: &str) -> Result<Self, NetlinkError> {
+        /// `NFNLGRP_NFTABLES` (nfnetlink.h).
+        const GROUP: u32 = 7;
+        let socket = open_socket(NETLINK_NETFILTER)?;
+        // A transaction of 15,000 elements is announced in some hundred datagrams at once.
+        let step = |step| move |source| NetlinkError::Open { step, source };
+        force_receive_buffer(&socket, 16 << 20).map_err(step("enlarge receive buffer"))?;
+        socket
+            .add_membership(GROUP)
+            .map_err(step("subscribe to ruleset changes"))?;
+        let table = [table.as_bytes(), &[0]].concat();
+        Ok(Self {
+            socket,
+            buffer: Vec::new(),
+            table,
+            touched: false,
+        })
+    }
+
+    /// Reads all announcements that are waiting; how many transactions touched the table.
+    pub fn drain(&mut self) -> Result<usize, NetlinkError> {
+        /// `NFNL_SUBSYS_NFTABLES`, the high byte of every message type.
+        const SUBSYSTEM: u16 = 10 << 8;
+        /// `NFT_MSG_NEWGEN`, which ends each transaction.
+        const NEW_GENERATION: u16 = SUBSYSTEM | 15;
+        let mut batches = 0;
+        while receive_into(&self.socket, &mut self.buffer)? {
+            let (table, touched) = (&self.table, &mut self.touched);
+            for_each_message(&self.buffer, |kind, _, _, payload| {
+                if kind == NEW_GENERATION {
+                    batches += usize::from(*touched);
+                    *touched = false;
+                    return;
+                }
+                // struct nfgenmsg is four bytes; attribute 1 of every other message names the table.
+                let attributes_start = payload.get(4..).unwrap_or_default();
+                *touched |=
+                    attributes(attributes_start).any(|(kind, value)| kind == 1 && value == *table);
+            });
+        }
+        Ok(batches)
+    }
 }

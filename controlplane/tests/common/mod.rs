@@ -19,13 +19,13 @@ static COUNTER: AtomicU32 = AtomicU32::new(0);
 
 /// A network namespace, removed with everything in it on drop.
 #[derive(Debug)]
-pub struct Namespace {
-    pub name: String,
+pub(crate) struct Namespace {
+    pub(crate) name: String,
 }
 
 impl Namespace {
     /// Makes a namespace with `lo` up.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let name = format!("rcp-{}-{number}", std::process::id());
         run("ip", &["netns", "add", &name]);
@@ -35,7 +35,7 @@ impl Namespace {
     }
 
     /// Makes a node: `eth0` with 10.199.0.`n`/24 and its other end, `peer0`, in a namespace of its own.
-    pub fn node(n: u8) -> (Self, Self) {
+    pub(crate) fn node(n: u8) -> (Self, Self) {
         let (node, outside) = (Self::new(), Self::new());
         node.ip(&format!(
             "link add eth0 type veth peer name peer0 netns {}",
@@ -50,12 +50,12 @@ impl Namespace {
     }
 
     /// Runs `ip` in the namespace; its output.
-    pub fn ip(&self, arguments: &str) -> String {
+    pub(crate) fn ip(&self, arguments: &str) -> String {
         self.command("ip", arguments)
     }
 
     /// Runs a program in the namespace; its output. Panics if it fails.
-    pub fn command(&self, program: &str, arguments: &str) -> String {
+    pub(crate) fn command(&self, program: &str, arguments: &str) -> String {
         let output = self.try_command(program, arguments);
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{program} {arguments}: {errors}");
@@ -63,7 +63,7 @@ impl Namespace {
     }
 
     /// Runs a program in the namespace.
-    pub fn try_command(&self, program: &str, arguments: &str) -> Output {
+    pub(crate) fn try_command(&self, program: &str, arguments: &str) -> Output {
         let mut command = Command::new("ip");
         command
             .args(["netns", "exec", &self.name, program])
@@ -74,7 +74,7 @@ impl Namespace {
     }
 
     /// Starts a program in the namespace.
-    pub fn spawn(&self, program: &str, arguments: &[&str]) -> Process {
+    pub(crate) fn spawn(&self, program: &str, arguments: &[&str]) -> Process {
         let mut command = Command::new("ip");
         command
             .args(["netns", "exec", &self.name, program])
@@ -87,7 +87,7 @@ impl Namespace {
     }
 
     /// Calls `body` on a thread that lives in the namespace.
-    pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+    pub(crate) fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
         let file = File::open(format!("/run/netns/{}", self.name)).unwrap();
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -118,10 +118,10 @@ impl Drop for Namespace {
 
 /// A process that is killed on drop.
 #[derive(Debug)]
-pub struct Process(pub Child);
+pub(crate) struct Process(pub(crate) Child);
 
 impl Process {
-    pub fn signal(&self, signal: i32) {
+    pub(crate) fn signal(&self, signal: i32) {
         // SAFETY: takes no pointers; the child has not been waited for, so the id is still its own.
         unsafe { libc::kill(i32::try_from(self.0.id()).unwrap(), signal) };
     }
@@ -135,7 +135,7 @@ impl Drop for Process {
 }
 
 /// Runs a program; panics if it fails.
-pub fn run(program: &str, arguments: &[&str]) {
+pub(crate) fn run(program: &str, arguments: &[&str]) {
     let output = Command::new(program).args(arguments).output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(
@@ -145,7 +145,7 @@ pub fn run(program: &str, arguments: &[&str]) {
 }
 
 /// Waits until `condition` gives a value; how long it took.
-pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> (T, Duration) {
+pub(crate) fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> (T, Duration) {
     let start = Instant::now();
     loop {
         if let Some(value) = condition() {
@@ -160,7 +160,7 @@ pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> (T
 }
 
 /// The lease of node `n`: 10.199.0.n, 10.244.n.0/24.
-pub fn lease(n: u8) -> Lease {
+pub(crate) fn lease(n: u8) -> Lease {
     Lease {
         node: format!("n{n}"),
         public_ip: Ipv4Addr::new(10, 199, 0, n),
@@ -170,7 +170,7 @@ pub fn lease(n: u8) -> Lease {
 }
 
 /// A set with `own` as seen by its node and the others as peers.
-pub fn leases(own: u8, peers: &[u8]) -> LeaseSet {
+pub(crate) fn leases(own: u8, peers: &[u8]) -> LeaseSet {
     LeaseSet {
         own: lease(own),
         peers: peers.iter().map(|&n| lease(n)).collect(),
@@ -178,7 +178,7 @@ pub fn leases(own: u8, peers: &[u8]) -> LeaseSet {
 }
 
 /// A lease file's text.
-pub fn lease_file<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> String {
+pub(crate) fn lease_file<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> String {
     let entries: Vec<_> = leases
         .into_iter()
         .map(|lease| {
@@ -192,12 +192,12 @@ pub fn lease_file<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> String {
 }
 
 /// The default configuration.
-pub fn netconf() -> NetConf {
+pub(crate) fn netconf() -> NetConf {
     NetConf::parse(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap()
 }
 
 /// `eth0` of a namespace made by [`Namespace::node`].
-pub fn underlay(namespace: &Namespace, n: u8) -> Underlay {
+pub(crate) fn underlay(namespace: &Namespace, n: u8) -> Underlay {
     let link = namespace.enter(|| {
         let links = ripstop_controlplane::netlink::Netlink::open()
             .unwrap()

@@ -1,0 +1,49 @@
+//! What the control plane says about itself to the operator's CLI: `<run-dir>/controlplane.json`.
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+/// Name of the file in the run directory.
+pub const STATE_FILE: &str = "controlplane.json";
+
+/// A control plane's own account, as of its last change.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct State {
+    /// This node's name.
+    pub node: String,
+    /// Where leases come from.
+    pub lease_source: String,
+    /// The standby device.
+    pub standby_device: String,
+    /// The underlay interface, if one was found.
+    pub underlay: Option<String>,
+    /// Our outer address.
+    pub public_ip: Option<Ipv4Addr>,
+    /// MTU of the pods.
+    pub pod_mtu: Option<u32>,
+    /// Our routing table.
+    pub table: u32,
+    /// Peers that workers cannot send to, and why, for the first few.
+    pub unresolved: Vec<String>,
+    /// What is wrong.
+    pub problems: Vec<String>,
+}
+
+impl State {
+    /// Reads the account that a control plane left in `run_dir`.
+    pub fn read(run_dir: &Path) -> io::Result<Self> {
+        let bytes = std::fs::read(run_dir.join(STATE_FILE))?;
+        serde_json::from_slice(&bytes).map_err(io::Error::other)
+    }
+
+    /// Writes it, whole or not at all.
+    pub fn write(&self, run_dir: &Path) -> io::Result<()> {
+        let temporary = run_dir.join(format!(".{STATE_FILE}.{}", std::process::id()));
+        std::fs::write(&temporary, serde_json::to_vec_pretty(self)?)?;
+        std::fs::rename(temporary, run_dir.join(STATE_FILE))
+    }
+}

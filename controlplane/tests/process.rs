@@ -1,0 +1,609 @@
+//! The control plane as a process, against a data plane that is played by the test. Needs root.
+
+mod common;
+
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::time::Duration;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use common::{Namespace, Process, eventually, lease, lease_file};
+use ripstop_controlplane::lease::Lease;
+use ripstop_fib::map::{self, DATAPLANE_LOCK, ProcessLock, open_fib};
+use ripstop_fib::stats::{Gauge, Mode, Polling, Stats, WorkerCounters, WorkerIdentity};
+use ripstop_fib::{Image, LeaseRecord, Region};
+
+const CONTROLPLANE: &str = env!("CARGO_BIN_EXE_ripstop-controlplane");
+const CLI: &str = env!("CARGO_BIN_EXE_ripstop");
+
+/// A node with its files, and the control plane to run on it.
+struct Node {
+    namespace: Namespace,
+    outside: Namespace,
+    directory: tempfile::TempDir,
+    own: u8,
+}
+
+impl Node {
+    fn new(own: u8) -> Self {
+        let (namespace, outside) = Namespace::node(own);
+        let directory = tempfile::tempdir().unwrap();
+        let conf = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+        std::fs::write(directory.path().join("net-conf.json"), conf).unwrap();
+        // The other nodes are addresses of the veth's far end.
+        for n in [2, 3] {
+            outside.ip(&format!("addr add 10.199.0.{n}/24 dev peer0"));
+        }
+        Self {
+            namespace,
+            outside,
+            directory,
+            own,
+        }
+    }
+
+    fn run_dir(&self) -> PathBuf {
+        self.directory.path().join("run")
+    }
+
+    fn write_leases(&self, leases: &[Lease]) {
+        self.write_lease_text(&lease_file(leases));
+    }
+
+    fn write_lease_text(&self, text: &str) {
+        let temporary = self.directory.path().join("leases.tmp");
+        std::fs::write(&temporary, text).unwrap();
+        std::fs::rename(temporary, self.directory.path().join("leases.json")).unwrap();
+    }
+
+    fn start(&self) -> Process {
+        let path = |name: &str| {
+            self.directory
+                .path()
+                .join(name)
+                .to_str()
+                .unwrap()
+                .to_owned()
+        };
+        let node_name = format!("n{}", self.own);
+        self.namespace.spawn(
+            CONTROLPLANE,
+            &[
+                "--net-config-path",
+                &path("net-conf.json"),
+                "--lease-file",
+                &path("leases.json"),
+                "--run-dir",
+                &path("run"),
+                "--node-name",
+                &node_name,
+            ],
+        )
+    }
+
+    fn cli(&self, arguments: &str) -> (String, i32) {
+        let run_dir = self.run_dir();
+        let output = self
+            .namespace
+            .try_command(CLI, &format!("--run-dir {} {arguments}", run_dir.display()));
+        let text = [output.stdout, output.stderr].concat();
+        (
+            String::from_utf8(text).unwrap(),
+            output.status.code().unwrap(),
+        )
+    }
+
+    fn fib(&self) -> Option<(u64, Vec<LeaseRecord>)> {
+        let mapping = open_fib(&self.run_dir()).ok()?;
+        let (generation, words) = Region::attach(mapping.words()).ok()?.snapshot()?;
+        Some((generation, Image::attach(&words).ok()?.leases().collect()))
+    }
+
+    fn wait_resolved(&self, names: &[&str]) -> u64 {
+        let what = format!("{names:?} resolved in the forwarding table");
+        eventually(&what, || {
+            let (generation, leases) = self.fib()?;
+            let resolved = leases.iter().filter(|lease| lease.resolved && !lease.local);
+            let mut found: Vec<_> = resolved.map(LeaseRecord::node_name).collect();
+            found.sort_unstable();
+            (found == names).then_some(generation)
+        })
+        .0
+    }
+
+    fn wait_ip(&self, arguments: &str, condition: impl Fn(&str) -> bool) -> Duration {
+        eventually(arguments, || {
+            condition(&self.namespace.ip(arguments)).then_some(())
+        })
+        .1
+    }
+
+    fn detour(&self) -> String {
+        let output = self.namespace.try_command("ip", "route show table 21097");
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+/// Plays the data plane: the lock, the stats region with one worker, `rip0`.
+struct FakeDataPlane {
+    _lock: ProcessLock,
+    stop: Arc<AtomicBool>,
+    stalled: Arc<AtomicBool>,
+    accept_until: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+    namespace: String,
+}
+
+impl FakeDataPlane {
+    fn start(node: &Node) -> Self {
+        let run_dir = node.run_dir();
+        let lock = ProcessLock::acquire(&run_dir, DATAPLANE_LOCK).unwrap();
+        node.namespace.ip("tuntap add rip0 mode tun");
+        node.namespace.ip("link set rip0 up");
+        let (stop, stalled) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let accept_until = Arc::new(AtomicU64::new(u64::MAX));
+        let thread = std::thread::spawn({
+            let (stop, stalled, accept_until) =
+                (stop.clone(), stalled.clone(), accept_until.clone());
+            move || work(&run_dir, &stop, &stalled, &accept_until)
+        });
+        Self {
+            _lock: lock,
+            stop,
+            stalled,
+            accept_until,
+            thread: Some(thread),
+            namespace: node.namespace.name.clone(),
+        }
+    }
+}
+
+fn work(run_dir: &Path, stop: &AtomicBool, stalled: &AtomicBool, accept_until: &AtomicU64) {
+    let mapping = map::create_stats(run_dir, std::process::id(), map::monotonic_ns()).unwrap();
+    let stats = Stats::attach(mapping.words()).unwrap();
+    let identity = WorkerIdentity {
+        nic: "eth0".to_owned(),
+        queue: 0,
+        cpu: 0,
+        mode: Mode::Copy,
+        polling: Polling::Adaptive,
+        frames: 64,
+        frame_size: 2048,
+    };
+    stats.write_identity(0, &identity);
+    stats.announce(1, 0);
+    while !stop.load(Ordering::Relaxed) {
+        let generation = open_fib(run_dir)
+            .ok()
+            .and_then(|mapping| Some(Region::attach(mapping.words()).ok()?.snapshot()?.0))
+            .unwrap_or(0)
+            .min(accept_until.load(Ordering::Relaxed));
+        if !stalled.load(Ordering::Relaxed) {
+            let counters = WorkerCounters::default();
+            stats.write_worker(
+                0,
+                &counters,
+                &[0; Gauge::COUNT],
+                generation,
+                map::monotonic_ns(),
+            );
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+impl Drop for FakeDataPlane {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+        let arguments = ["-n", &self.namespace, "link", "del", "rip0"];
+        let _ = std::process::Command::new("ip").args(arguments).status();
+    }
+}
+
+fn wait_exit(mut process: Process) -> (i32, String) {
+    let status = eventually("the process ends", || process.0.try_wait().unwrap()).0;
+    let mut errors = String::new();
+    process
+        .0
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut errors)
+        .unwrap();
+    (status.code().unwrap(), errors)
+}
+
+#[test]
+fn leases_reach_the_kernel_the_table_and_the_detour() {
+    let node = Node::new(1);
+    node.write_leases(&[lease(1), lease(2), lease(3)]);
+    let process = node.start();
+    let first = node.wait_resolved(&["n2", "n3"]);
+    assert!(
+        node.namespace
+            .ip("route")
+            .contains("10.244.2.0/24 via 10.244.2.0 dev flannel.1 proto 82 onlink")
+    );
+    assert_eq!(node.detour(), "", "no data plane, no detour");
+    assert!(!node.namespace.ip("rule").contains("32000"));
+
+    let data_plane = FakeDataPlane::start(&node);
+    let took = node.wait_ip("rule", |rules| {
+        rules.contains("32000:\tfrom all lookup 21097 proto 82")
+    });
+    println!("detour open {took:?} after the data plane came");
+    let detour = node.detour();
+    assert!(
+        detour.contains("10.244.2.0/24 dev rip0 proto 82 scope link src 10.244.1.0")
+            || detour.contains("10.244.2.0/24 dev rip0 proto 82 src 10.244.1.0"),
+        "{detour}"
+    );
+    assert!(node.namespace.ip("link show rip0").contains("mtu 1450"));
+    assert!(
+        node.namespace
+            .ip("route get 10.244.2.7")
+            .contains("dev rip0")
+    );
+
+    // A worker that stands still loses the traffic, but keeps its routes for when it comes back.
+    data_plane.stalled.store(true, Ordering::Relaxed);
+    let took = node.wait_ip("route get 10.244.2.7", |route| {
+        route.contains("dev flannel.1")
+    });
+    println!("standby takes over {took:?} after the heartbeat stopped");
+    data_plane.stalled.store(false, Ordering::Relaxed);
+    node.wait_ip("route get 10.244.2.7", |route| route.contains("dev rip0"));
+
+    // A lease that workers have not taken up yet is not routed to them.
+    data_plane.accept_until.store(first, Ordering::Relaxed);
+    let mut added = lease(4);
+    added.public_ip = "10.199.0.2".parse().unwrap();
+    let start = Instant::now();
+    node.write_leases(&[lease(1), lease(2), lease(3), added.clone()]);
+    node.wait_resolved(&["n2", "n3", "n4"]);
+    println!("lease file written to published: {:?}", start.elapsed());
+    node.wait_ip("route get 10.244.4.7", |route| {
+        route.contains("dev flannel.1")
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(
+        !node.detour().contains("10.244.4.0/24"),
+        "{}",
+        node.detour()
+    );
+    assert!(
+        node.namespace
+            .ip("route get 10.244.2.7")
+            .contains("dev rip0"),
+        "others are not disturbed"
+    );
+    data_plane.accept_until.store(u64::MAX, Ordering::Relaxed);
+    node.wait_ip("route get 10.244.4.7", |route| route.contains("dev rip0"));
+
+    // Removed.
+    node.write_leases(&[lease(1), lease(2)]);
+    node.wait_resolved(&["n2"]);
+    node.wait_ip("route show table 21097", |routes| {
+        !routes.contains("10.244.3.0/24")
+    });
+    node.wait_ip("route", |routes| !routes.contains("10.244.3.0/24"));
+
+    // The data plane dies: the main table answers without anybody's doing.
+    drop(data_plane);
+    assert!(
+        node.namespace
+            .ip("route get 10.244.2.7")
+            .contains("dev flannel.1")
+    );
+    node.wait_ip("rule", |rules| !rules.contains("32000"));
+
+    process.signal(libc::SIGTERM);
+    let (code, log) = wait_exit(process);
+    assert_eq!(code, 0, "{log}");
+    assert!(
+        node.namespace.ip("route").contains("10.244.2.0/24"),
+        "everything stays"
+    );
+    assert!(
+        log.contains("published") && log.contains("leases loaded"),
+        "{log}"
+    );
+}
+
+#[test]
+fn a_restart_adopts_what_it_finds() {
+    let node = Node::new(1);
+    node.write_leases(&[lease(1), lease(2)]);
+    let process = node.start();
+    let generation = node.wait_resolved(&["n2"]);
+    let _data_plane = FakeDataPlane::start(&node);
+    node.wait_ip("route get 10.244.2.7", |route| route.contains("dev rip0"));
+    process.signal(libc::SIGKILL);
+    drop(process);
+    let index = node
+        .namespace
+        .ip("-o link show flannel.1")
+        .split(':')
+        .next()
+        .unwrap()
+        .to_owned();
+    let process = node.start();
+    // Whatever it does, traffic stays where it is.
+    for _ in 0..100 {
+        assert!(
+            node.namespace
+                .ip("route get 10.244.2.7")
+                .contains("dev rip0")
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(node.fib().unwrap().0, generation, "nothing was published");
+    assert_eq!(
+        node.namespace
+            .ip("-o link show flannel.1")
+            .split(':')
+            .next()
+            .unwrap(),
+        index
+    );
+    process.signal(libc::SIGTERM);
+    let (_, log) = wait_exit(process);
+    assert!(
+        !log.contains("standby path set") && log.contains("adopted"),
+        "{log}"
+    );
+}
+
+#[test]
+fn a_bad_lease_file_disturbs_nothing() {
+    let node = Node::new(1);
+    node.write_leases(&[lease(1), lease(2)]);
+    let process = node.start();
+    node.wait_resolved(&["n2"]);
+    let mut overlapping = lease(3);
+    overlapping.subnet = "10.244.2.128/25".parse().unwrap();
+    let mut elsewhere = lease(1);
+    elsewhere.public_ip = "10.199.0.77".parse().unwrap();
+    for bad in [
+        lease_file(&[lease(1), lease(2)])[..40].to_owned(),
+        lease_file(&[lease(1), lease(2), overlapping]),
+        lease_file(&[lease(2)]),
+        lease_file(&[elsewhere, lease(2)]),
+    ] {
+        node.write_lease_text(&bad);
+        let state =
+            |node: &Node| ripstop_controlplane::state::State::read(&node.run_dir()).unwrap();
+        let (problem, took) = eventually("the problem is reported", || {
+            state(&node).problems.into_iter().next()
+        });
+        println!("reported after {took:?}: {problem}");
+        node.namespace.ip("route del 10.244.2.0/24");
+        node.wait_ip("route", |routes| routes.contains("10.244.2.0/24"));
+        node.write_leases(&[lease(1), lease(2)]);
+        eventually("the problem is gone", || {
+            state(&node).problems.is_empty().then_some(())
+        });
+    }
+    // And it goes on from there.
+    node.write_leases(&[lease(1), lease(2), lease(3)]);
+    node.wait_resolved(&["n2", "n3"]);
+    process.signal(libc::SIGTERM);
+    assert_eq!(wait_exit(process).0, 0);
+}
+
+#[test]
+fn next_hops_are_followed() {
+    let node = Node::new(1);
+    // Node 2 is on the link; node 9 is behind a gateway; node 8 has no route, node 7 no answer.
+    node.outside.ip("addr add 10.199.0.254/24 dev peer0");
+    node.namespace
+        .ip("route add 172.16.9.0/24 via 10.199.0.254");
+    let far = |n: u8, ip: &str| Lease {
+        public_ip: ip.parse().unwrap(),
+        ..lease(n)
+    };
+    node.write_leases(&[
+        lease(1),
+        lease(2),
+        far(9, "172.16.9.9"),
+        far(8, "172.16.8.8"),
+        far(7, "10.199.0.7"),
+    ]);
+    let process = node.start();
+    node.wait_resolved(&["n2", "n9"]);
+    let mac_of = |name: &str| {
+        let (_, leases) = node.fib().unwrap();
+        leases
+            .iter()
+            .find(|lease| lease.node_name() == name)
+            .unwrap()
+            .next_hop_mac
+    };
+    assert_eq!(mac_of("n2"), [2, 0xbb, 0, 0, 0, 1]);
+    assert_eq!(mac_of("n9"), [2, 0xbb, 0, 0, 0, 1]);
+    // The entries are ordinary ones.
+    assert!(
+        !node
+            .namespace
+            .ip("neigh show dev eth0")
+            .contains("PERMANENT")
+    );
+    // A route appears.
+    node.namespace
+        .ip("route add 172.16.8.0/24 via 10.199.0.254");
+    node.wait_resolved(&["n2", "n8", "n9"]);
+    // The gateway's Ethernet address changes, and says so.
+    node.outside.ip("link set peer0 address 02:bb:00:00:00:02");
+    node.namespace
+        .ip("neigh replace 10.199.0.254 lladdr 02:bb:00:00:00:02 dev eth0 nud reachable");
+    let (_, took) = eventually("the change is followed", || {
+        (mac_of("n9") == [2, 0xbb, 0, 0, 0, 2]).then_some(())
+    });
+    println!("neighbour change followed after {took:?}");
+    // A neighbour fails.
+    node.namespace
+        .ip("neigh replace 10.199.0.2 dev eth0 nud failed");
+    eventually("n2 comes back by itself", || {
+        (mac_of("n2") == [2, 0xbb, 0, 0, 0, 2]).then_some(())
+    });
+    // A static entry of the operator is used and left alone.
+    node.namespace
+        .ip("neigh replace 10.199.0.7 lladdr 02:bb:00:00:00:07 dev eth0 nud permanent");
+    node.wait_resolved(&["n2", "n7", "n8", "n9"]);
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(
+        node.namespace
+            .ip("neigh show 10.199.0.7")
+            .contains("PERMANENT")
+    );
+    // The route goes.
+    node.namespace.ip("route del 172.16.9.0/24");
+    node.wait_resolved(&["n2", "n7", "n8"]);
+    process.signal(libc::SIGTERM);
+    assert_eq!(wait_exit(process).0, 0);
+}
+
+#[test]
+fn what_others_delete_is_back_within_a_second() {
+    let node = Node::new(1);
+    node.write_leases(&[lease(1), lease(2)]);
+    let process = node.start();
+    node.wait_resolved(&["n2"]);
+    let _data_plane = FakeDataPlane::start(&node);
+    node.wait_ip("rule", |rules| rules.contains("32000"));
+    eventually("the filter", || {
+        node.namespace
+            .try_command("nft", "list table ip ripstop")
+            .status
+            .success()
+            .then_some(())
+    });
+    for (damage, look, sign) in [
+        (
+            "ip link del flannel.1",
+            "ip neigh show dev flannel.1",
+            "10.244.2.0 lladdr 02:52:53:00:00:02 PERMANENT",
+        ),
+        (
+            "ip link set flannel.1 address 02:99:99:99:99:99",
+            "ip link show flannel.1",
+            "02:52:53:00:00:01",
+        ),
+        (
+            "ip link set flannel.1 down",
+            "ip route show dev flannel.1",
+            "10.244.2.0/24",
+        ),
+        ("ip route del 10.244.2.0/24", "ip route", "10.244.2.0/24"),
+        (
+            "ip neigh del 10.244.2.0 dev flannel.1",
+            "ip neigh show dev flannel.1",
+            "10.244.2.0",
+        ),
+        (
+            "bridge fdb del 02:52:53:00:00:02 dev flannel.1 self",
+            "bridge fdb show dev flannel.1",
+            "dst 10.199.0.2",
+        ),
+        ("ip rule del pref 32000", "ip rule", "32000"),
+        (
+            "ip route flush table 21097",
+            "ip route get 10.244.2.7",
+            "rip0",
+        ),
+        (
+            "ip addr del 10.244.1.0/32 dev flannel.1",
+            "ip addr show flannel.1",
+            "10.244.1.0/32",
+        ),
+        (
+            "nft delete table ip ripstop",
+            "nft list table ip ripstop",
+            "standby_unknown_peer",
+        ),
+        (
+            "nft flush ruleset",
+            "nft list table ip ripstop",
+            "standby_unknown_peer",
+        ),
+        (
+            "nft flush set ip ripstop peers",
+            "nft list table ip ripstop",
+            "10.199.0.2",
+        ),
+    ] {
+        let (program, arguments) = damage.split_once(' ').unwrap();
+        node.namespace.command(program, arguments);
+        let (program, arguments) = look.split_once(' ').unwrap();
+        let (_, took) = eventually(damage, || {
+            let output = node.namespace.try_command(program, arguments);
+            String::from_utf8_lossy(&output.stdout)
+                .contains(sign)
+                .then_some(())
+        });
+        println!("{damage}: healed after {took:?}");
+        node.wait_ip("route get 10.244.2.7", |route| route.contains("dev rip0"));
+    }
+    // The NIC flaps: the kernel drops what hangs on it.
+    node.namespace.ip("link set eth0 down");
+    std::thread::sleep(Duration::from_millis(300));
+    node.namespace.ip("link set eth0 up");
+    node.wait_ip("route", |routes| routes.contains("10.244.2.0/24"));
+    node.wait_resolved(&["n2"]);
+    node.wait_ip("route get 10.244.2.7", |route| route.contains("dev rip0"));
+    process.signal(libc::SIGTERM);
+    assert_eq!(wait_exit(process).0, 0);
+}
+
+#[test]
+fn bad_starts_say_why() {
+    let node = Node::new(1);
+    let process = node.namespace.spawn(CONTROLPLANE, &["--no-such-flag"]);
+    assert_eq!(wait_exit(process).0, 2);
+    std::fs::write(
+        node.directory.path().join("net-conf.json"),
+        r#"{"Network":"10.244.0.0/16"}"#,
+    )
+    .unwrap();
+    let (code, log) = wait_exit(node.start());
+    assert_eq!(code, 1);
+    assert!(
+        log.contains("net-conf.json") && log.contains("\"udp\" is not implemented"),
+        "{log}"
+    );
+    let conf = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+    std::fs::write(node.directory.path().join("net-conf.json"), conf).unwrap();
+    // No lease file: it waits, and goes on when there is one.
+    let process = node.start();
+    eventually("the problem is reported", || {
+        let state = ripstop_controlplane::state::State::read(&node.run_dir()).ok()?;
+        state
+            .problems
+            .iter()
+            .any(|problem| problem.contains("leases.json"))
+            .then_some(())
+    });
+    node.write_leases(&[lease(1), lease(2)]);
+    node.wait_resolved(&["n2"]);
+    // A second one on the same directory.
+    let (code, log) = wait_exit(node.start());
+    assert_eq!(code, 1);
+    assert!(log.contains("in use by process"), "{log}");
+    process.signal(libc::SIGINT);
+    assert_eq!(wait_exit(process).0, 0);
+    // A region of something else.
+    std::fs::write(node.run_dir().join("fib"), vec![7; 4096]).unwrap();
+    let (code, log) = wait_exit(node.start());
+    assert_eq!(code, 1);
+    assert!(
+        log.contains("wrong magic") && log.contains("remove the file"),
+        "{log}"
+    );
+}
