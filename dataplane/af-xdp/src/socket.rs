@@ -16,7 +16,7 @@ use crate::frame::Frame;
 use crate::mapping::Mapping;
 use crate::ring::{Area, Consumer, Producer};
 use crate::sys;
-use crate::umem::{Lender, Settled, Umem};
+use crate::umem::{Lender, QueueId, Settled, Umem};
 
 /// Frames that one packet may consist of: `MAX_SKB_FRAGS` as large as a kernel can be configured
 /// (45, `net/Kconfig`), and the first one.
@@ -229,6 +229,9 @@ impl Socket {
     /// rings of its own, so each must be on another queue or interface. Nothing is received
     /// before [`Receiver::refill`], nor before an XDP program redirects packets to the socket.
     ///
+    /// Frames that a closed socket still had in its rings stay lent until the UMEM gets another
+    /// socket on the same queue: only that proves that the kernel has let go of them.
+    ///
     /// # Errors
     ///
     /// Any [`Error`] but [`Error::NoHugePages`].
@@ -247,7 +250,6 @@ impl Socket {
             },
         };
         options.check(settled)?;
-        umem.check_lenders()?;
         let opening = Opening {
             object: format!("{} queue {queue}", interface.name),
             interface,
@@ -294,7 +296,13 @@ impl Socket {
             ModeInUse::ZeroCopy
         };
         opening.check_mode(mode)?;
-        let lender = umem.add_socket(&socket, settled)?;
+        let namespace = sys::option(fd, sys::SOL_SOCKET, sys::SO_NETNS_COOKIE).ok();
+        let id = namespace.map(|namespace| QueueId {
+            namespace,
+            interface: interface.index,
+            queue,
+        });
+        let lender = umem.add_socket(&socket, settled, id)?;
         let object: Arc<str> = opening.object.into();
         Ok(Self {
             receiver: Receiver {

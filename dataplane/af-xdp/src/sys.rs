@@ -24,6 +24,10 @@ pub(crate) use libc::{
 /// Descriptors that one `sendto` may send in copy mode (Linux 6.17, not in libc).
 pub(crate) const XDP_MAX_TX_BUDGET: c_int = 9;
 
+/// The network namespace of a socket as a number (Linux 5.14, `include/uapi/asm-generic/socket.h`,
+/// not in libc).
+pub(crate) const SO_NETNS_COOKIE: c_int = 71;
+
 /// Descriptors that one `sendto` sends in copy mode unless told otherwise: `TX_BATCH_SIZE` of
 /// `net/xdp/xsk.c`.
 pub(crate) const TX_BATCH_SIZE: u32 = 32;
@@ -56,6 +60,8 @@ pub(crate) unsafe trait OptionValue: Copy {}
 unsafe impl OptionValue for c_int {}
 // SAFETY: an integer.
 unsafe impl OptionValue for u32 {}
+// SAFETY: an integer.
+unsafe impl OptionValue for u64 {}
 // SAFETY: two u64, then four u32: no padding.
 unsafe impl OptionValue for xdp_umem_reg {}
 // SAFETY: only u64.

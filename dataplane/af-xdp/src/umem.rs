@@ -140,7 +140,27 @@ pub(crate) struct Settled {
     pub(crate) multi_buffer: bool,
 }
 
-/// Sockets that one UMEM can have in its life; bounded by `Owner`'s byte.
+/// A queue that no other queue of this machine is mistaken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct QueueId {
+    /// The network namespace's cookie; interface indices are its own.
+    pub(crate) namespace: u64,
+    pub(crate) interface: u32,
+    pub(crate) queue: u32,
+}
+
+/// What is known of a socket on this memory.
+#[derive(Debug)]
+struct Slot {
+    socket: Weak<OwnedFd>,
+    settled: Settled,
+    /// Where it is bound; `None` if the kernel cannot tell namespaces apart (before Linux 5.14).
+    queue: Option<QueueId>,
+    /// Whether the frames lent to it were taken back, because the queue has another socket.
+    recovered: bool,
+}
+
+/// Sockets that one UMEM can have; bounded by `Owner`'s byte.
 const LENDERS_MAX: usize = 126;
 
 /// Memory of equal frames, shared with the kernel, and the pool of those that are free.
@@ -162,8 +182,8 @@ pub struct Umem {
     owners: Box<[Owner]>,
     receiving: u32,
     transmitting: u32,
-    /// The sockets opened on this memory, some of them perhaps closed since.
-    sockets: Vec<(Weak<OwnedFd>, Settled)>,
+    /// The sockets opened on this memory, some of them perhaps closed since; `Lender` counts them.
+    slots: Vec<Slot>,
 }
 
 /// Size of a huge page in bytes.
@@ -194,7 +214,7 @@ impl Umem {
             owners: vec![Owner::FREE; frames as usize].into(),
             receiving: 0,
             transmitting: 0,
-            sockets: Vec::new(),
+            slots: Vec::new(),
         })
     }
 
@@ -425,33 +445,71 @@ impl Umem {
 
     /// A socket that this memory is registered on and that is still open, and what it settled.
     pub(crate) fn registered_on(&self) -> Option<(Arc<OwnedFd>, Settled)> {
-        let open = |socket: &(Weak<OwnedFd>, Settled)| Some((socket.0.upgrade()?, socket.1));
-        self.sockets.iter().find_map(open)
+        let open = |slot: &Slot| Some((slot.socket.upgrade()?, slot.settled));
+        self.slots.iter().find_map(open)
     }
 
-    /// Whether another socket can be added.
-    pub(crate) fn check_lenders(&self) -> Result<(), Error> {
-        if self.sockets.len() < LENDERS_MAX {
-            return Ok(());
-        }
-        Err(Error::Setting {
-            name: "sockets",
-            value: self.sockets.len() as u64 + 1,
-            rule: "a UMEM can have at most 126 sockets in its life",
-        })
-    }
-
-    /// Adds a bound socket.
+    /// Adds a socket that was just bound to `queue`; gives what its frames are lent under.
+    ///
+    /// Frames that an earlier socket on the same queue took with it become free: the kernel binds a
+    /// queue only when it has taken it from its last owner, rings, driver and all (`xp_assign_dev`
+    /// and `xp_clear_dev` in `net/xdp/xsk_buff_pool.c`), so nobody will touch them any more.
     pub(crate) fn add_socket(
         &mut self,
         socket: &Arc<OwnedFd>,
         settled: Settled,
+        queue: Option<QueueId>,
     ) -> Result<Lender, Error> {
-        self.check_lenders()?;
-        let lender = self.sockets.len();
-        self.sockets.push((Arc::downgrade(socket), settled));
+        for place in 0..self.slots.len() {
+            if queue.is_some() && self.slots[place].queue == queue {
+                self.recover(place);
+            }
+        }
+        let added = Slot {
+            socket: Arc::downgrade(socket),
+            settled,
+            queue,
+            recovered: false,
+        };
+        // A half of the old socket that is still about would be taken for one of the new.
+        let vacant = |slot: &Slot| slot.recovered && slot.socket.strong_count() == 0;
+        let place = self
+            .slots
+            .iter()
+            .position(vacant)
+            .unwrap_or(self.slots.len());
+        if place == LENDERS_MAX {
+            return Err(Error::Setting {
+                name: "sockets",
+                value: place as u64 + 1,
+                rule: "a UMEM can have at most 126 sockets",
+            });
+        }
+        if place == self.slots.len() {
+            self.slots.push(added);
+        } else {
+            self.slots[place] = added;
+        }
         #[expect(clippy::cast_possible_truncation, reason = "below LENDERS_MAX")]
-        Ok(Lender(lender as u8))
+        Ok(Lender(place as u8))
+    }
+
+    /// Puts all frames that were lent to the socket in this slot back into the pool.
+    fn recover(&mut self, place: usize) {
+        #[expect(clippy::cast_possible_truncation, reason = "below LENDERS_MAX")]
+        let lender = Lender(place as u8);
+        for (owner, chunk) in self.owners.iter_mut().zip(0..) {
+            if *owner == Owner::receiving(lender) {
+                self.receiving -= 1;
+            } else if *owner == Owner::transmitting(lender) {
+                self.transmitting -= 1;
+            } else {
+                continue;
+            }
+            *owner = Owner::FREE;
+            self.free.push(chunk);
+        }
+        self.slots[place].recovered = true;
     }
 
     /// Free frames.

@@ -50,7 +50,7 @@ fn fake(multi_buffer: bool) -> Fake {
         need_wakeup: true,
         multi_buffer,
     };
-    let lender = umem.add_socket(&socket, settled).unwrap();
+    let lender = umem.add_socket(&socket, settled, None).unwrap();
     let (fill, kernel_fill, fill_memory) = ring();
     let (rx, kernel_rx, rx_memory) = ring();
     let (tx, kernel_tx, tx_memory) = ring();

@@ -1,8 +1,11 @@
 use std::collections::{HashSet, VecDeque};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::{Lender, Umem, UmemOptions};
+use super::{Lender, QueueId, Settled, Umem, UmemOptions};
 use crate::frame::Frame;
 use crate::sys;
 
@@ -133,6 +136,66 @@ fn a_packet_outside_its_frame_is_refused_and_the_frame_is_free() {
         assert!(refused.is_none(), "{start} {len}");
         assert_eq!(umem.census().free, 4);
     }
+}
+
+#[test]
+fn frames_come_back_when_their_queue_has_another_socket() {
+    let mut umem = umem(8);
+    let socket = || Arc::new(OwnedFd::from(File::open("/dev/null").unwrap()));
+    let settled = Settled {
+        need_wakeup: true,
+        multi_buffer: false,
+    };
+    let id = |queue| {
+        Some(QueueId {
+            namespace: 1,
+            interface: 2,
+            queue,
+        })
+    };
+    let (first, second) = (socket(), socket());
+    let one = umem.add_socket(&first, settled, id(0)).unwrap();
+    let other = umem.add_socket(&second, settled, id(1)).unwrap();
+    let lent = umem.lend_to_receive(one).unwrap();
+    let frame = umem.take().unwrap();
+    let sent = umem.lend_to_transmit(one, frame).addr;
+    umem.lend_to_receive(other).unwrap();
+    let held = umem.take().unwrap();
+
+    // The first socket's queue went to a third, while a half of the first is still about.
+    let third = umem.add_socket(&socket(), settled, id(0)).unwrap();
+    assert_eq!(
+        umem.census().free,
+        6,
+        "one is with the other socket, one is held"
+    );
+    assert!(umem.received(one, descriptor(lent + 256, 60)).is_none());
+    assert!(!umem.transmitted(one, sent));
+    assert_ne!(third, one, "stale rings must not speak for a new socket");
+
+    // Once it is gone, its place is free; a place whose frames are not back is not.
+    drop(first);
+    drop(second);
+    assert_eq!(umem.add_socket(&socket(), settled, id(2)).unwrap(), one);
+    let again = umem.add_socket(&socket(), settled, id(3)).unwrap();
+    assert!(again != other && again != third);
+    assert_sums_up(&umem);
+    umem.give(held);
+}
+
+#[test]
+fn a_umem_has_a_limited_number_of_sockets() {
+    let mut umem = umem(1);
+    let socket = Arc::new(OwnedFd::from(File::open("/dev/null").unwrap()));
+    let settled = Settled {
+        need_wakeup: true,
+        multi_buffer: false,
+    };
+    for _ in 0..126 {
+        umem.add_socket(&socket, settled, None).unwrap();
+    }
+    let error = umem.add_socket(&socket, settled, None).unwrap_err();
+    assert!(error.to_string().contains("sockets = 127"), "{error}");
 }
 
 #[test]

@@ -131,6 +131,39 @@ fn a_busy_queue_is_waited_for_and_then_named() {
     }
 }
 
+/// What a closed socket took with it is free again once its queue has another socket.
+#[test]
+fn reopening_a_queue_recovers_its_frames() {
+    let lab = Lab::new();
+    lab.veth("a0", "b0", 1500);
+    lab.veth("a1", "b1", 1500);
+    let options = SocketOptions::default();
+    let mut umem = Umem::new(&small_umem()).expect("memory for a UMEM");
+    let mut other = open(&lab, &mut umem, "a1", &options);
+    other.receiver.refill(&mut umem, 10);
+    for _ in 0..130 {
+        let mut socket = open(&lab, &mut umem, "a0", &options);
+        assert_eq!(
+            umem.census().free,
+            512 - 10,
+            "the last round's frames are back"
+        );
+        socket.receiver.refill(&mut umem, 100);
+        let mut burst: Vec<_> = (0..20).filter_map(|n| packet(&mut umem, n, 60)).collect();
+        socket.transmitter.send(&mut umem, &mut burst);
+        assert_eq!(umem.census().free, 512 - 10 - 120);
+    }
+    drop(other);
+    // With no socket left, the memory is registered anew.
+    let mut last = open(&lab, &mut umem, "a1", &options);
+    assert_eq!(
+        umem.census().receiving,
+        100,
+        "those of a0, which has no socket"
+    );
+    last.receiver.refill(&mut umem, 10);
+}
+
 #[test]
 fn an_interface_that_is_down_or_gone_is_an_error_and_not_a_hang() {
     let lab = Lab::new();
