@@ -1,0 +1,515 @@
+//! What a packet costs: lookup alone, `forward` alone, and the whole worker on in-memory ports.
+//!
+//! Criterion measures and keeps the history; the tables at the end give the same in nanoseconds and in cycles of the
+//! time-stamp counter (which runs at the nominal clock) as medians of interleaved rounds, for the README and for
+//! comparing sizes within one run.
+#![expect(missing_docs, reason = "criterion's macros make public functions")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a benchmark reports by printing and fails by panicking"
+)]
+#![expect(unsafe_code, reason = "reads the time-stamp counter")]
+
+#[path = "../tests/packets/mod.rs"]
+mod packets;
+
+use core::hint::black_box;
+use core::net::Ipv4Addr;
+use core::time::Duration;
+use std::time::Instant;
+
+use af_xdp::{Umem, UmemOptions};
+use criterion::{BenchmarkId, Criterion, Throughput};
+use packets::{Inner, Tunnel, node};
+use ripstop_dataplane::forward;
+use ripstop_dataplane::memory::Random;
+use ripstop_dataplane::port::{Burst, Port, Transmitted};
+use ripstop_dataplane::table::Table;
+use ripstop_dataplane::verdict::{DropReason, FromHost, FromNic, HEADER_LEN};
+use ripstop_dataplane::worker::{Parts, Worker};
+use ripstop_fib::stats::{Counter, STATS_WORDS, Stats};
+use ripstop_fib::sync::{Ordering, words};
+use ripstop_fib::{Adjacency, ImageBuilder, Publisher, Reader, Region, Route, Word, publish};
+
+const BURST: usize = 64;
+const LEASES: [usize; 4] = [10, 1_000, 15_000, 100_000];
+/// Leases that traffic goes to when it is not uniform over all.
+const ACTIVE: usize = 1_000;
+/// Inner packet lengths in bytes: the smallest frame's, a middle one, the largest with an MTU of 1500.
+const SIZES: [usize; 3] = [64, 512, 1450];
+
+fn main() {
+    let mut criterion = Criterion::default()
+        .configure_from_args()
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_millis(1200))
+        .sample_size(30);
+    lookups(&mut criterion);
+    forwarding(&mut criterion);
+    workers(&mut criterion);
+    criterion.final_summary();
+    // `cargo test` and `--list` run benchmarks only to see that they run.
+    if std::env::args().any(|argument| argument == "--bench") {
+        tables();
+    }
+}
+
+/// Address of lease `number`'s node, and its subnet: /24s in 10.0.0.0/8 and then in 11.0.0.0/8.
+fn lease(number: usize) -> (Ipv4Addr, Ipv4Addr) {
+    let number = u32::try_from(number).unwrap();
+    (
+        Ipv4Addr::from(0xac10_0000 + number),
+        Ipv4Addr::from(0x0a00_0000 + (number << 8)),
+    )
+}
+
+/// A table of so many leases, and our own beside them.
+fn table_words(leases: usize) -> Vec<Word> {
+    let us = node(1);
+    let mut builder = ImageBuilder::new(ripstop_fib::Node {
+        subnet: (Ipv4Addr::new(192, 168, 0, 0), 24),
+        ..us
+    });
+    builder.route4(Ipv4Addr::new(192, 168, 0, 0), 24, Route::Local);
+    for number in 0..leases {
+        let (outer, subnet) = lease(number);
+        let [a, b, c, d] = u32::try_from(number).unwrap().to_be_bytes();
+        let adjacency = Adjacency::vxlan4(
+            &us,
+            [2, 0, 0, 0, 0, 1],
+            [2, 0, 0, 0, 0, 2],
+            outer,
+            [2, 9, a, b, c, d],
+        );
+        let id = builder.adjacency(adjacency);
+        builder.route4(subnet, 24, Route::Via(id));
+        builder.peer4(outer, subnet, 24);
+    }
+    words(&builder.build().unwrap())
+}
+
+/// So many lease numbers below `leases`, each equally likely, in no order: the same ones every time.
+fn choose(leases: usize, count: usize) -> Vec<usize> {
+    let mut random = Random::new(0x5eed);
+    (0..count)
+        .map(|_| usize::try_from(random.number() >> 11).unwrap() % leases)
+        .collect()
+}
+
+/// Where traffic goes: `active` different leases spread over the table, in random order.
+fn destinations(leases: usize, active: usize, count: usize) -> Vec<usize> {
+    let stride = (leases / active).max(1);
+    choose(active.min(leases), count)
+        .into_iter()
+        .map(|number| number * stride)
+        .collect()
+}
+
+fn pod_packets(leases: usize, active: usize, len: usize, count: usize) -> Vec<Vec<u8>> {
+    let packet = |number: usize| {
+        let destination = Ipv4Addr::from(u32::from(lease(number).1) + 7).octets();
+        let ports = (u16::try_from(number % 60_000).unwrap(), 80);
+        Inner {
+            source: [192, 168, 0, 5],
+            destination,
+            ports,
+            payload: len - 28,
+            ..Inner::default()
+        }
+        .packet()
+    };
+    destinations(leases, active, count)
+        .into_iter()
+        .map(packet)
+        .collect()
+}
+
+fn tunnel_frames(leases: usize, active: usize, len: usize, count: usize) -> Vec<Vec<u8>> {
+    let frame = |number: usize| {
+        let (outer, subnet) = lease(number);
+        let source = Ipv4Addr::from(u32::from(subnet) + 7).octets();
+        let inner = Inner {
+            source,
+            destination: [192, 168, 0, 5],
+            payload: len - 28,
+            ..Inner::default()
+        };
+        Tunnel {
+            source: outer.octets(),
+            inner,
+            ..Tunnel::default()
+        }
+        .frame()
+    };
+    destinations(leases, active, count)
+        .into_iter()
+        .map(frame)
+        .collect()
+}
+
+fn encapsulate_all(packets: &[Vec<u8>], table: &Table<'_>) {
+    for (packet, identification) in packets.iter().zip(0u16..) {
+        match forward::from_host(packet, table, identification) {
+            FromHost::Send(header) => drop(black_box(header)),
+            FromHost::Drop(reason) => panic!("a good packet was dropped: {}", reason.name()),
+        }
+    }
+}
+
+fn decapsulate_all(frames: &[Vec<u8>], table: &Table<'_>) {
+    for frame in frames {
+        match forward::from_nic(frame, table) {
+            FromNic::Deliver { len, .. } => drop(black_box(len)),
+            FromNic::Drop(reason) => panic!("a good packet was dropped: {}", reason.name()),
+        }
+    }
+}
+
+fn lookups(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("lookup");
+    for leases in LEASES {
+        let image = table_words(leases);
+        let table = Table::attach(&image).unwrap();
+        let addresses = lookup_addresses(leases, ACTIVE.min(leases));
+        group.throughput(Throughput::Elements(addresses.len() as u64));
+        group.bench_function(BenchmarkId::from_parameter(leases), |bencher| {
+            bencher.iter(|| lookup_all(&addresses, &table));
+        });
+    }
+    group.finish();
+}
+
+fn lookup_addresses(leases: usize, active: usize) -> Vec<u32> {
+    destinations(leases, active, 4096)
+        .into_iter()
+        .map(|number| u32::from(lease(number).1) + 7)
+        .collect()
+}
+
+fn lookup_all(addresses: &[u32], table: &Table<'_>) {
+    for address in addresses {
+        black_box(table.image.lookup4(*address));
+    }
+}
+
+fn forwarding(criterion: &mut Criterion) {
+    let image = table_words(15_000);
+    let table = Table::attach(&image).unwrap();
+    for len in SIZES {
+        let mut group = criterion.benchmark_group("forward");
+        group.throughput(Throughput::Elements(BURST as u64));
+        let packets = pod_packets(15_000, ACTIVE, len, BURST);
+        group.bench_function(BenchmarkId::new("encap", len), |b| {
+            b.iter(|| encapsulate_all(&packets, &table))
+        });
+        let frames = tunnel_frames(15_000, ACTIVE, len, BURST);
+        group.bench_function(BenchmarkId::new("decap", len), |b| {
+            b.iter(|| decapsulate_all(&frames, &table))
+        });
+        group.finish();
+    }
+}
+
+/// A port that always has a full burst, copied into the frames as copy mode would, and transmits by giving back.
+struct Endless {
+    packets: Vec<Vec<u8>>,
+    next: usize,
+    headroom: usize,
+}
+
+impl Port for Endless {
+    const REFUSED: DropReason = DropReason::NicTransmitFull;
+
+    fn reclaim(&mut self, _umem: &mut Umem) {}
+
+    fn refill(&mut self, _umem: &mut Umem) {}
+
+    fn receive(&mut self, umem: &mut Umem, burst: &mut Burst, most: usize) {
+        for _ in 0..most.min(self.packets.len()) {
+            let packet = &self.packets[self.next];
+            self.next = (self.next + 1) % self.packets.len();
+            let mut frame = umem.take().unwrap();
+            umem.whole_mut(&mut frame, self.headroom).unwrap()[..packet.len()]
+                .copy_from_slice(packet);
+            frame.set_len(packet.len()).unwrap();
+            burst.push(frame);
+        }
+    }
+
+    fn room(&mut self) -> usize {
+        BURST
+    }
+
+    fn transmit(&mut self, umem: &mut Umem, burst: &mut Burst) -> Transmitted {
+        let sent = Transmitted {
+            packets: burst.len() as u64,
+            bytes: burst.iter().map(|frame| frame.len() as u64).sum(),
+        };
+        burst.drain(..).for_each(|frame| umem.give(frame));
+        sent
+    }
+
+    fn pending(&self) -> usize {
+        0
+    }
+
+    fn flush(&mut self) -> u64 {
+        0
+    }
+}
+
+/// The regions that a worker looks at, with one table published.
+struct Regions {
+    fib: Vec<Word>,
+    stats: Vec<Word>,
+}
+
+impl Regions {
+    fn with_leases(leases: usize) -> Self {
+        let image: Vec<u64> = table_words(leases)
+            .iter()
+            .map(|word| word.load(Ordering::Relaxed))
+            .collect();
+        let slot_words = image.len();
+        let fib = words(&vec![0; publish::region_words(2, slot_words)]);
+        let stats = words(&vec![0; STATS_WORDS]);
+        let region = Region::format(&fib, 2, slot_words);
+        let seen = Stats::format(&stats, 1, 1);
+        Publisher::adopt(region)
+            .publish(&image, || seen.pins())
+            .unwrap();
+        seen.accepted()
+            .store(region.current().load(Ordering::Acquire), Ordering::Release);
+        Self { fib, stats }
+    }
+
+    fn worker(&self, nic: Vec<Vec<u8>>, host: Vec<Vec<u8>>) -> Worker<'_, Endless, Endless> {
+        let region = Region::attach(&self.fib).unwrap();
+        let stats = Stats::attach(&self.stats).unwrap();
+        let umem = UmemOptions {
+            frames: 4096,
+            frame_size: 4096,
+            ..UmemOptions::default()
+        };
+        Worker::new(Parts {
+            umem: Umem::new(&umem).unwrap(),
+            nic: Endless {
+                packets: nic,
+                next: 0,
+                headroom: 232,
+            },
+            host: Endless {
+                packets: host,
+                next: 0,
+                headroom: 2 * HEADER_LEN - 24,
+            },
+            reader: Reader::new(region, stats.worker_pin(0)),
+            accepted: stats.accepted(),
+            stats,
+            index: 0,
+            burst: BURST,
+        })
+    }
+}
+
+fn workers(criterion: &mut Criterion) {
+    let regions = Regions::with_leases(15_000);
+    let mut group = criterion.benchmark_group("worker");
+    for len in SIZES {
+        let packets = pod_packets(15_000, ACTIVE, len, 1024);
+        let frames = tunnel_frames(15_000, ACTIVE, len, 1024);
+        for (name, nic, host) in [("encap", vec![], packets), ("decap", frames, vec![])] {
+            let mut worker = regions.worker(nic, host);
+            group.throughput(Throughput::Elements(BURST as u64));
+            group.bench_function(BenchmarkId::new(name, len), |bencher| {
+                bencher.iter(|| worker.turn())
+            });
+            assert_eq!(
+                worker.counters().drops_total(),
+                0,
+                "a benchmark forwards every packet"
+            );
+            assert!(
+                worker.counters().get(Counter::Turns) > 0,
+                "a benchmark turns"
+            );
+        }
+    }
+    group.finish();
+}
+
+/// Time-stamp counter.
+fn cycles() -> u64 {
+    // SAFETY: the instruction exists on every x86-64 processor and touches no memory.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Nanoseconds and cycles per packet, the median of rounds that are interleaved by the caller.
+#[derive(Default)]
+struct Series {
+    nanoseconds: Vec<f64>,
+    cycles: Vec<f64>,
+}
+
+impl Series {
+    fn measure(&mut self, packets: usize, repeats: usize, mut run: impl FnMut()) {
+        run();
+        let (start, clock) = (cycles(), Instant::now());
+        (0..repeats).for_each(|_| run());
+        let (spent, elapsed) = (cycles() - start, clock.elapsed());
+        let count = (packets * repeats) as f64;
+        self.cycles.push(spent as f64 / count);
+        self.nanoseconds.push(elapsed.as_nanos() as f64 / count);
+    }
+
+    fn row(&mut self, name: &str) -> String {
+        let (low, middle, high) = spread(&mut self.cycles);
+        let (_, nanoseconds, _) = spread(&mut self.nanoseconds);
+        format!("{name:<34} {nanoseconds:>8.1} ns {middle:>8.1} cycles   [{low:.1} .. {high:.1}]")
+    }
+
+    fn median_cycles(&mut self) -> f64 {
+        spread(&mut self.cycles).1
+    }
+}
+
+fn spread(values: &mut [f64]) -> (f64, f64, f64) {
+    values.sort_by(f64::total_cmp);
+    (
+        values[0],
+        values[values.len() / 2],
+        values[values.len() - 1],
+    )
+}
+
+const ROUNDS: usize = 21;
+
+fn tables() {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .unwrap_or(": unknown");
+    println!(
+        "\nmedians of {ROUNDS} interleaved rounds, bursts of {BURST}, one core,{}",
+        model.trim_start_matches(['\t', ' ', ':'])
+    );
+    println!(
+        "per packet{:>36}   time-stamp counter   [lowest .. highest]",
+        ""
+    );
+    by_size();
+    by_leases();
+}
+
+fn by_size() {
+    let image = table_words(15_000);
+    let table = Table::attach(&image).unwrap();
+    let regions = Regions::with_leases(15_000);
+    let inputs: Vec<_> = SIZES
+        .iter()
+        .map(|len| {
+            (
+                pod_packets(15_000, ACTIVE, *len, BURST),
+                tunnel_frames(15_000, ACTIVE, *len, BURST),
+            )
+        })
+        .collect();
+    let mut drives: Vec<(String, Box<dyn FnMut() + '_>)> = Vec::new();
+    for (len, (packets, frames)) in SIZES.iter().zip(&inputs) {
+        let (table, alone) = (&table, |what| format!("forward alone, {what}, {len} bytes"));
+        drives.push((
+            alone("encap"),
+            Box::new(move || encapsulate_all(packets, table)),
+        ));
+        drives.push((
+            alone("decap"),
+            Box::new(move || decapsulate_all(frames, table)),
+        ));
+        let whole = |what| format!("whole worker, {what}, {len} bytes");
+        let mut worker = regions.worker(vec![], pod_packets(15_000, ACTIVE, *len, 1024));
+        drives.push((
+            whole("encap"),
+            Box::new(move || drop(black_box(worker.turn()))),
+        ));
+        let mut worker = regions.worker(tunnel_frames(15_000, ACTIVE, *len, 1024), vec![]);
+        drives.push((
+            whole("decap"),
+            Box::new(move || drop(black_box(worker.turn()))),
+        ));
+    }
+    println!("\nby inner packet size, 15,000 leases of which {ACTIVE} are active");
+    for row in interleaved(&mut drives, BURST, 2000) {
+        println!("{row}");
+    }
+}
+
+fn by_leases() {
+    let tables: Vec<_> = LEASES.iter().map(|leases| table_words(*leases)).collect();
+    for (title, uniform) in [
+        ("1,000 of them active", false),
+        ("traffic uniform over all of them", true),
+    ] {
+        let active = |leases: usize| if uniform { leases } else { ACTIVE.min(leases) };
+        println!("\nby number of leases, 64-byte packets, {title}");
+        for what in ["lookup", "encap", "decap"] {
+            let mut series: Vec<Series> = LEASES.iter().map(|_| Series::default()).collect();
+            let count = 1 << 15;
+            let inputs: Vec<_> = LEASES
+                .iter()
+                .map(|leases| match what {
+                    "encap" => pod_packets(*leases, active(*leases), 64, count),
+                    "decap" => tunnel_frames(*leases, active(*leases), 64, count),
+                    _ => Vec::new(),
+                })
+                .collect();
+            let addresses: Vec<_> = LEASES
+                .iter()
+                .map(|leases| lookup_addresses(*leases, active(*leases)))
+                .collect();
+            for _ in 0..ROUNDS {
+                for (index, series) in series.iter_mut().enumerate() {
+                    let table = Table::attach(&tables[index]).unwrap();
+                    match what {
+                        "encap" => {
+                            series.measure(count, 2, || encapsulate_all(&inputs[index], &table))
+                        }
+                        "decap" => {
+                            series.measure(count, 2, || decapsulate_all(&inputs[index], &table))
+                        }
+                        _ => series.measure(addresses[index].len(), 16, || {
+                            lookup_all(&addresses[index], &table)
+                        }),
+                    }
+                }
+            }
+            let base = series[1].median_cycles();
+            for (leases, series) in LEASES.iter().zip(&mut series) {
+                let ratio = series.median_cycles() / base;
+                println!(
+                    "{}   {ratio:.2}x of 1,000 leases",
+                    series.row(&format!("{what}, {leases} leases"))
+                );
+            }
+        }
+    }
+}
+
+fn interleaved(
+    drives: &mut [(String, Box<dyn FnMut() + '_>)],
+    packets: usize,
+    repeats: usize,
+) -> Vec<String> {
+    let mut series: Vec<Series> = drives.iter().map(|_| Series::default()).collect();
+    for _ in 0..ROUNDS {
+        for (series, (_, run)) in series.iter_mut().zip(drives.iter_mut()) {
+            series.measure(packets, repeats, run);
+        }
+    }
+    drives
+        .iter()
+        .zip(&mut series)
+        .map(|((name, _), series)| series.row(name))
+        .collect()
+}
