@@ -613,7 +613,8 @@ impl Receiver {
         burst.len() - before
     }
 
-    /// As `receive`, for packets that may span frames.
+    /// As `receive`, for packets that may span frames. Apart, so that the common case stays short.
+    #[inline(never)]
     fn receive_packets(
         &mut self,
         umem: &mut Umem,
@@ -801,7 +802,8 @@ impl Transmitter {
 
     /// Makes the kernel send what is in the TX ring; returns how many frames are still there.
     ///
-    /// In copy mode one system call sends 32 frames, so it is repeated until the ring is empty or
+    /// In copy mode one system call sends a part of the ring, 32 frames unless
+    /// [`SocketOptions::tx_budget`] says otherwise, so it is repeated until the ring is empty or
     /// nothing moves any more: the device's queue is full, or the completion ring is. In zero-copy
     /// mode the device sends by itself, and one call wakes it.
     ///
@@ -810,8 +812,8 @@ impl Transmitter {
     /// [`Error::System`] when the interface is down or gone.
     pub fn kick(&mut self) -> Result<usize, Error> {
         let mut pending = self.tx.pending();
-        // One call for every batch that the ring can hold, and one for a last partial one.
-        for _ in 0..=self.tx.size() / sys::TX_BATCH_SIZE {
+        // Each turn takes at least one frame off the ring, or is the last.
+        for _ in 0..self.tx.size() {
             if pending == 0 {
                 break;
             }

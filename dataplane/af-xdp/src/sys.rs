@@ -28,10 +28,6 @@ pub(crate) const XDP_MAX_TX_BUDGET: c_int = 9;
 /// not in libc).
 pub(crate) const SO_NETNS_COOKIE: c_int = 71;
 
-/// Descriptors that one `sendto` sends in copy mode unless told otherwise: `TX_BATCH_SIZE` of
-/// `net/xdp/xsk.c`.
-pub(crate) const TX_BATCH_SIZE: u32 = 32;
-
 /// Bytes that copy mode leaves free before a received packet, whatever the UMEM's headroom.
 pub(crate) const XDP_PACKET_HEADROOM: u16 = 256;
 

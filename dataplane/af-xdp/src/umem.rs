@@ -23,6 +23,7 @@
 //!    below the number of frames when the token is made).
 #![expect(unsafe_code, reason = "turns frames into slices of the mapping")]
 
+use core::fmt;
 use core::slice;
 use core::sync::atomic::{AtomicU16, Ordering};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -99,8 +100,8 @@ pub enum ChecksumError {
     Outside(NoRoom),
 }
 
-impl core::fmt::Display for ChecksumError {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+impl fmt::Display for ChecksumError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoMetadata => f.write_str("the UMEM was made without TX metadata"),
             Self::Outside(room) => write!(f, "the checksum lies outside the packet: {room}"),
@@ -167,7 +168,6 @@ const LENDERS_MAX: usize = 126;
 ///
 /// One worker owns it: it is `Send` and not `Sync`. Frames leave the pool by [`Umem::take`] and
 /// come back by [`Umem::give`]; sockets lend them to the kernel and take them back.
-#[derive(Debug)]
 pub struct Umem {
     memory: Mapping,
     file: Option<OwnedFd>,
@@ -327,10 +327,9 @@ impl Umem {
 
     /// Where the frames are.
     pub fn census(&self) -> Census {
-        let free = u32::try_from(self.free.len()).unwrap_or(u32::MAX);
         Census {
             frames: self.frames,
-            free,
+            free: self.free(),
             held: self.outstanding(),
             receiving: self.receiving,
             transmitting: self.transmitting,
@@ -339,8 +338,7 @@ impl Umem {
 
     /// Frames that are held as [`Frame`]s, or were lost by dropping one.
     pub fn outstanding(&self) -> u32 {
-        let free = u32::try_from(self.free.len()).unwrap_or(u32::MAX);
-        self.frames - free - self.receiving - self.transmitting
+        self.frames - self.free() - self.receiving - self.transmitting
     }
 
     /// Size of a frame in bytes.
@@ -399,6 +397,16 @@ impl Umem {
         // mapping, and by points 1 to 3 of the module's head the exclusive borrow of `frame` is an
         // exclusive borrow of its bytes.
         unsafe { slice::from_raw_parts_mut(start, len) }
+    }
+}
+
+impl fmt::Debug for Umem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Umem")
+            .field("id", &self.id)
+            .field("frame_size", &self.frame_size())
+            .field("census", &self.census())
+            .finish_non_exhaustive()
     }
 }
 
