@@ -57,9 +57,13 @@ pub enum InterfaceError {
     },
     /// There is nothing to go by.
     #[error(
-        "Failed to find any valid interface to use: no default route, and no interface has the address of the own lease: name one with --iface"
+        "Failed to find any valid interface to use: no default route{}: name the interface with --iface",
+        .lease_ip.map(|ip| format!(", and no interface has the own lease's public IP {ip}")).unwrap_or_default()
     )]
-    NoDefault,
+    NoDefault {
+        /// The address in the own lease.
+        lease_ip: Option<Ipv4Addr>,
+    },
     /// The interface has no address to send from.
     #[error(
         "interface {name} has no usable IPv4 address: give it one, or name another with --iface"
@@ -194,7 +198,9 @@ pub fn select(selection: &Selection, view: View<'_>) -> Result<Underlay, Interfa
         let owner = selection.lease_ip.and_then(|address| view.owner(address));
         owner
             .or_else(|| view.default_route())
-            .ok_or(InterfaceError::NoDefault)?
+            .ok_or(InterfaceError::NoDefault {
+                lease_ip: selection.lease_ip,
+            })?
     };
     let usable = view.usable_addresses(link.index);
     let address = match (selection.public_ip.or(selection.lease_ip), fixed) {
@@ -360,7 +366,7 @@ mod tests {
         };
         assert_eq!(
             select(&selection(&[], None, None), view),
-            Err(InterfaceError::NoDefault)
+            Err(InterfaceError::NoDefault { lease_ip: None })
         );
     }
 

@@ -13,6 +13,7 @@
 //!   netlink ─────┘      └── stats region   └─► detour ──► rip0 routes and rule, while workers are alive
 //! ```
 
+pub mod cleanup;
 pub mod compile;
 pub mod detour;
 pub mod interface;
@@ -24,10 +25,12 @@ pub mod nexthop;
 pub mod problems;
 pub mod publish;
 pub mod reconcile;
+pub mod report;
 pub mod rules;
 pub mod standby;
 pub mod state;
 pub mod sys;
+pub mod table;
 
 /// Where the shared regions are unless the operator says otherwise.
 pub const DEFAULT_RUN_DIR: &str = "/run/ripstop";

@@ -450,7 +450,7 @@ impl Reconciler {
         };
         let chosen = match interface::select(&selection, view) {
             // The main table is large; it is read only when nothing else decides.
-            Err(InterfaceError::NoDefault) => {
+            Err(InterfaceError::NoDefault { .. }) => {
                 let routes = self.netlink.routes(RouteFilter {
                     table: TABLE_MAIN,
                     link: 0,

@@ -410,6 +410,8 @@ fn keep(shared: &Shared) {
     let mut loaded: Option<Loaded> = None;
     let mut checked = Instant::now();
     loop {
+        // Cleared before the wish is read: one that comes later wakes the wait below.
+        shared.wake.clear();
         if monitor.is_none() {
             monitor = RulesetMonitor::open(TABLE).ok();
         }
@@ -444,7 +446,6 @@ fn keep(shared: &Shared) {
         }
         let failed = problem.is_some();
         report(shared, problem);
-        shared.wake.clear();
         let timeout = if failed { RETRY } else { RECHECK };
         match &mut monitor {
             Some(watched) => {

@@ -1,2 +1,105 @@
-//! The operator command line.
-fn main() {}
+//! The operator's command line: shows what the processes on this node do, from the run directory alone.
+
+use core::time::Duration;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use ripstop_controlplane::DEFAULT_RUN_DIR;
+use ripstop_controlplane::cleanup::cleanup;
+use ripstop_controlplane::report::{Drops, Leases, Status};
+use serde::Serialize;
+
+/// Shows and cleans up what Ripstop does on this node. Exit codes: 0 all is well, 1 there is a problem, 2 wrong usage.
+#[derive(Debug, Parser)]
+#[command(name = "ripstop", version)]
+struct Flags {
+    #[command(subcommand)]
+    command: Command,
+    /// Directory of the regions that the processes share
+    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
+    run_dir: PathBuf,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Processes, workers with their rates, forwarding table, and the path that traffic takes
+    Status {
+        /// Seconds over which rates are measured; 0 for none
+        #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+        interval: Duration,
+    },
+    /// Every node's lease, the next hop towards it, and whether workers or the kernel carry its traffic
+    Leases,
+    /// Why packets were not forwarded, with an explanation each
+    Drops {
+        /// Show reasons that never occurred, too
+        #[arg(long)]
+        all: bool,
+    },
+    /// Remove everything of Ripstop's from the kernel and the run directory
+    Cleanup {
+        /// Even if a process of Ripstop's runs
+        #[arg(long)]
+        force: bool,
+        /// Also the kernel's VXLAN device with its routes, which flannel would leave: pods lose other nodes
+        #[arg(long)]
+        standby: bool,
+    },
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text
+        .parse()
+        .map_err(|_| "give a number of seconds".to_owned())?;
+    Duration::try_from_secs_f64(seconds)
+        .ok()
+        .filter(|interval| *interval <= Duration::from_secs(3600))
+        .ok_or_else(|| "give a number of seconds from 0 to 3600".to_owned())
+}
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    match run(&flags) {
+        Ok((text, true)) => print(&text, ExitCode::SUCCESS),
+        Ok((text, false)) => print(&text, ExitCode::FAILURE),
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "ripstop: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A reader that closes the pipe has seen enough.
+fn print(text: &str, code: ExitCode) -> ExitCode {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    code
+}
+
+fn run(flags: &Flags) -> anyhow::Result<(String, bool)> {
+    let run_dir = &flags.run_dir;
+    Ok(match flags.command {
+        Command::Status { interval } => {
+            let status = Status::read(run_dir, interval)?;
+            (shown(flags.json, &status)?, status.ok)
+        }
+        Command::Leases => (shown(flags.json, &Leases::read(run_dir)?)?, true),
+        Command::Drops { all } => (shown(flags.json, &Drops::read(run_dir, all)?)?, true),
+        Command::Cleanup { force, standby } => {
+            let done = cleanup(run_dir, force, standby)?;
+            (shown(flags.json, &done)?, done.left.is_empty())
+        }
+    })
+}
+
+fn shown(json: bool, report: &(impl Serialize + core::fmt::Display)) -> anyhow::Result<String> {
+    Ok(if json {
+        serde_json::to_string_pretty(report)? + "\n"
+    } else {
+        report.to_string()
+    })
+}
