@@ -607,3 +607,151 @@ fn bad_starts_say_why() {
         "{log}"
     );
 }
+
+#[test]
+fn the_operator_sees_and_cleans_up() {
+    let node = Node::new(1);
+    let (text, code) = node.cli("status");
+    assert!(
+        code == 1 && text.contains("has not run on this node") && text.contains("--run-dir"),
+        "{text}"
+    );
+    assert_eq!(node.cli("frobnicate").1, 2);
+    node.write_leases(&[
+        lease(1),
+        lease(2),
+        Lease {
+            public_ip: "172.16.8.8".parse().unwrap(),
+            ..lease(3)
+        },
+    ]);
+    let process = node.start();
+    node.wait_resolved(&["n2"]);
+    let (text, code) = node.cli("status");
+    assert_eq!(code, 1, "no data plane is a problem: {text}");
+    for part in [
+        "control plane  running",
+        "data plane     not running",
+        "1 of 2 peers resolved",
+        "path           standby",
+    ] {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    let data_plane = FakeDataPlane::start(&node);
+    node.wait_ip("route get 10.244.2.7", |route| route.contains("dev rip0"));
+    eventually("the filter", || {
+        node.namespace
+            .try_command("nft", "list table ip ripstop")
+            .status
+            .success()
+            .then_some(())
+    });
+    let (text, code) = node.cli("status --interval 0.1");
+    println!("{text}");
+    assert_eq!(code, 0, "{text}");
+    for part in [
+        "path           mixed",
+        "rip0 present, rule present, 1 routes",
+        "peer filter present",
+        "copy",
+        "n3 (172.16.8.8): no route",
+    ] {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    let (text, code) = node.cli("status --json --interval 0");
+    assert_eq!(code, 0, "{text}");
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(json["dataPlane"]["workers"][0]["mode"], "copy");
+    assert_eq!(json["path"]["inUse"], "mixed");
+    let (text, _) = node.cli("leases");
+    println!("{text}");
+    let line = |name: &str| {
+        text.lines()
+            .find(|line| line.starts_with(name))
+            .unwrap()
+            .to_owned()
+    };
+    assert!(
+        line("n1").contains("own") && line("n1").contains("local"),
+        "{text}"
+    );
+    assert!(
+        line("n2").contains("02:bb:00:00:00:01  resolved    worker"),
+        "{text}"
+    );
+    assert!(line("n3").contains("unresolved  standby"), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&node.cli("leases --json").0).unwrap();
+    assert_eq!(json["leases"][1]["publicIp"], "10.199.0.2");
+    let (text, code) = node.cli("drops");
+    assert_eq!((text.as_str(), code), ("nothing was dropped\n", 0));
+    let (text, _) = node.cli("drops --all");
+    println!("{text}");
+    for part in [
+        "unknown_peer",
+        "standby_unknown_peer",
+        "rx_ring_full",
+        "other_vni",
+    ] {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    // Nothing is torn down under a process that runs.
+    let (text, code) = node.cli("cleanup");
+    assert!(
+        code == 1 && text.contains("the control plane runs"),
+        "{text}"
+    );
+    process.signal(libc::SIGKILL);
+    drop(process);
+    let (text, code) = node.cli("status");
+    assert!(
+        code == 1 && text.contains("control plane  not running"),
+        "{text}"
+    );
+    let (text, _) = node.cli("cleanup");
+    assert!(text.contains("the data plane runs"), "{text}");
+    drop(data_plane);
+    let foreign = [
+        "rule add pref 31000 lookup 100",
+        "route add 192.168.9.0/24 via 10.199.0.2 proto static",
+    ];
+    for command in foreign {
+        node.namespace.ip(command);
+    }
+    node.namespace.command("nft", "add table ip somebody");
+    let (text, code) = node.cli("cleanup");
+    println!("{text}");
+    assert_eq!(code, 0, "{text}");
+    assert!(!node.run_dir().exists(), "{text}");
+    assert!(!node.namespace.ip("rule").contains("21097"));
+    assert!(
+        !node
+            .namespace
+            .command("nft", "list tables")
+            .contains("ripstop")
+    );
+    assert!(
+        node.namespace
+            .ip("route")
+            .contains("10.244.2.0/24 via 10.244.2.0 dev flannel.1"),
+        "as flannel leaves it"
+    );
+    let (text, code) = node.cli("cleanup --standby");
+    assert!(code == 0 && text.contains("device flannel.1"), "{text}");
+    assert!(
+        !node.namespace.ip("route").contains("10.244."),
+        "the standby is gone"
+    );
+    assert!(
+        node.namespace.ip("route").contains("192.168.9.0/24")
+            && node.namespace.ip("rule").contains("31000")
+    );
+    assert!(
+        node.namespace
+            .command("nft", "list tables")
+            .contains("somebody")
+    );
+    assert_eq!(
+        node.cli("cleanup --standby").0,
+        "nothing of Ripstop's was found\n"
+    );
+}
