@@ -102,7 +102,7 @@ impl Error {
             }
             Some(libc::EAFNOSUPPORT) => "the kernel is built without CONFIG_XDP_SOCKETS",
             Some(libc::ENOPROTOOPT) => "the kernel does not know this option; it is too old",
-            Some(libc::ENETDOWN) => "the interface is down; set it up first",
+            Some(libc::ENETDOWN) => "the interface is down or gone",
             Some(libc::ENODEV | libc::ENXIO) => "the interface is gone",
             Some(libc::ENOMEM) => "the kernel is out of memory; use fewer or smaller rings",
             Some(libc::EMFILE) => "the process has too many open files; raise LimitNOFILE",

@@ -211,6 +211,10 @@ impl<T: Copy, M> Reservation<'_, T, M> {
     /// Hands the written entries to the consuming side.
     #[inline]
     pub(crate) fn commit(self) {
+        // An idle loop must not take the shared cache line from the other side.
+        if self.written == 0 {
+            return;
+        }
         self.ring.produced = self.ring.produced.wrapping_add(self.written);
         // SYNC entries
         self.ring
@@ -330,6 +334,10 @@ impl<T: Copy, M> Peek<'_, T, M> {
     /// Gives the entries read so far back to the producing side.
     #[inline]
     pub(crate) fn release(self) {
+        // As in `commit`.
+        if self.read == 0 {
+            return;
+        }
         self.ring.consumed = self.ring.consumed.wrapping_add(self.read);
         // SYNC room
         self.ring
