@@ -146,7 +146,8 @@ impl<'r> Image<'r> {
             *slice = inside.ok_or(ImageError::Section { section })?;
         }
         let base6_bits = load(9);
-        if base6_bits > 112 {
+        // A root of 16 bits and chunks of 8 bits behind these must end at bit 128, or `lookup6` would shift too far.
+        if base6_bits > 112 || !base6_bits.is_multiple_of(8) {
             return Err(ImageError::Section {
                 section: Section::Root6 as usize,
             });

@@ -6,26 +6,43 @@
 //!                       └── generation, slot ────┘
 //!
 //!   publisher                                     reader
-//!   slot.generation = 0 (free it)                 target = current                       acquire   // SYNC publish
-//!   fence                          // SYNC pin    pin = target                           release   // SYNC unpin
-//!   every pin != this slot's word? // SYNC unpin  fence                                            // SYNC pin
-//!   write the image                               slot.generation == target's generation?
-//!   slot.generation = new                           yes: the image is pinned, read at leisure
-//!   current = new       release    // SYNC publish  no: it is being replaced, take `current` again
+//!   no pin names the slot?                        target = current
+//!   slot.generation = 0 (free it)                 pin = target                           release   // SYNC unpin
+//!   fence                          // SYNC pin    fence                         // SYNC pin, publish
+//!   still no pin names the slot?                  slot.generation == target's generation?
+//!   fence                acquire   // SYNC unpin    yes: the image is pinned, read at leisure
+//!   write the image                                 no: it is being replaced, take `current` again
+//!   slot.generation = new
+//!   current = new        release   // SYNC publish
 //! ```
 //!
 //! **SYNC publish.** The publisher's release store to `current` makes the image's words, and the slot's generation and
-//! length, visible to a reader whose acquire load returns that value. Without it a reader would see the new name and
-//! old or half-written words. In the data plane one reader (the watcher) loads `current`, checks the image and hands
-//! the same value to the workers through an atomic of the process, again with release and acquire.
+//! length, visible to whoever loads that value and then passes an acquire fence. Without it a reader would see the new
+//! name and old or half-written words. A reader's fence is the one of SYNC pin, which it needs anyway; a snapshot has a
+//! fence of its own. In the data plane one reader (the watcher) follows `current`, checks the image and hands the same
+//! value to the workers through a second word ([`Reader::pass_on`]), again with release and acquire.
 //!
 //! **SYNC pin.** Store then load on both sides: the publisher stores `generation = 0` and loads the pins; a reader
 //! stores its pin and loads the generation. The two sequentially consistent fences forbid that both miss the other's
 //! store. So either the publisher sees the pin and leaves the slot alone, or the reader sees that the slot is going
 //! and does not read it. Without a fence a worker could read an image while it is being overwritten.
 //!
-//! **SYNC unpin.** A reader moves on by storing its next pin with release; the publisher's acquire load of that value
-//! orders all the reader's earlier reads of the old image before the publisher's writes into it.
+//! **SYNC unpin.** A reader moves on by storing its next pin with release; the publisher's loads of the pins and the
+//! acquire fence behind them order all the reader's earlier reads of the old image before the publisher's writes into
+//! it. Without it a slow load of the old image could return a word of the next one.
+//!
+//! **SYNC snapshot.** A copy taken without a pin is checked like a sequence lock: a copied word that was written later
+//! makes the `generation = 0` before it (and before the publisher's fence) visible behind the copier's acquire fence,
+//! so the copy is thrown away. Without that fence a mixed copy could pass for whole.
+//!
+//! **SYNC format.** The magic is stored last, with release: who sees it sees the rest of the header.
+//!
+//! Readers map the region read-only, and on such memory only relaxed loads are sure to be plain loads (core's
+//! documentation of atomics says so): so every load that another process's read-only mapping may see is relaxed, and
+//! the acquire is a fence behind it.
+//!
+//! A pin counts by the slot that it names, whatever the generation: a publisher that was killed after it freed a slot
+//! leaves generation 0 there, perhaps beside a reader that had pinned it just before.
 //!
 //! A reader that is stopped (or just slow) keeps its pin, and its slot is not reused however long it takes: the
 //! publisher goes on with the others. A publisher that dies in the middle leaves a free slot and `current` as it was.
@@ -43,10 +60,13 @@ pub const SLOTS: usize = 8;
 /// Words of one slot: 32 MiB, of which only what is written takes memory; 100,000 leases need about 20 MiB.
 pub const SLOT_WORDS: usize = 4 << 20;
 
-const HEADER_WORDS: usize = 512;
+// Loom keeps a history of every word and Miri is slow: in their models no room is spared for cache lines, and a reader
+// gives up soon.
+const MODELLED: bool = cfg!(any(loom, all(miri, test)));
+const HEADER_WORDS: usize = if MODELLED { 32 } else { 512 };
 const CURRENT: usize = 8;
 const SLOT_HEADERS: usize = 16;
-const SLOT_HEADER_WORDS: usize = 8;
+const SLOT_HEADER_WORDS: usize = if MODELLED { 2 } else { 8 };
 const SLOT_GENERATION: usize = 0;
 const SLOT_LENGTH: usize = 1;
 const SLOT_BITS: u32 = 8;
@@ -75,6 +95,11 @@ impl ImageRef {
 
     fn slot(self) -> usize {
         (self.0 & ((1 << SLOT_BITS) - 1)) as usize
+    }
+
+    /// Whether this is an image of that slot, of whatever generation.
+    fn lies_in(self, slot: usize) -> bool {
+        self.generation() != 0 && self.slot() == slot
     }
 }
 
@@ -148,7 +173,7 @@ impl<'r> Region<'r> {
         words[3].store(slots as u64, Ordering::Relaxed);
         words[4].store(slot_words as u64, Ordering::Relaxed);
         // Last, so that a file whose writer died half-way is refused instead of half-believed.
-        words[0].store(FIB_MAGIC, Ordering::Release);
+        words[0].store(FIB_MAGIC, Ordering::Release); // SYNC format
         Self {
             words,
             slots,
@@ -164,14 +189,16 @@ impl<'r> Region<'r> {
         let load = |index: usize| {
             words
                 .get(index)
-                .map_or(0, |word| word.load(Ordering::Acquire))
+                .map_or(0, |word| word.load(Ordering::Relaxed))
         };
-        if load(0) != FIB_MAGIC {
+        let magic = load(0);
+        if magic != FIB_MAGIC {
             return Err(RegionError::Magic {
-                found: load(0),
+                found: magic,
                 expected: FIB_MAGIC,
             });
         }
+        fence(Ordering::Acquire); // SYNC format
         if load(1) != u64::from(ABI_VERSION) {
             return Err(RegionError::Abi { found: load(1) });
         }
@@ -202,18 +229,26 @@ impl<'r> Region<'r> {
         &self.words[CURRENT]
     }
 
-    /// Copies the current image out, for a process that holds no pin (the operator's command line).
+    /// Copies the current image out, for a process that holds no pin (the operator's command line); `None` if nothing
+    /// usable has been published.
     ///
     /// Checked like a sequence lock: the copy counts only if the slot still has its generation afterwards.
     pub fn snapshot(&self) -> Option<(u64, Vec<Word>)> {
-        for _ in 0..64 {
-            let target = ImageRef(self.current().load(Ordering::Acquire)); // SYNC publish
-            let words = self.image_words(target)?;
+        for _ in 0..SNAPSHOT_TRIES {
+            let target = ImageRef(self.current().load(Ordering::Relaxed));
+            snapshot_begins(); // SYNC publish
+            if target.generation() == 0 {
+                return None;
+            }
+            // Gone already when two images have been published since: the next try finds the newer one.
+            let Some(words) = self.image_words(target) else {
+                continue;
+            };
             let copy: Vec<Word> = words
                 .iter()
                 .map(|word| Word::new(word.load(Ordering::Relaxed)))
                 .collect();
-            fence(Ordering::Acquire);
+            snapshot_ends(); // SYNC snapshot
             if self
                 .slot_word(target.slot(), SLOT_GENERATION)
                 .load(Ordering::Relaxed)
@@ -288,13 +323,28 @@ pub struct Publisher<'r> {
     region: Region<'r>,
     /// The sole writer's own copy of `current`.
     published: ImageRef,
+    /// The sole writer's own copy of the slots' generations.
+    generations: [u64; SLOTS],
 }
 
 impl<'r> Publisher<'r> {
     /// Takes over a region: goes on from the generation that it finds.
     pub fn adopt(region: Region<'r>) -> Self {
         let published = ImageRef(region.current().load(Ordering::Acquire));
-        Self { region, published }
+        let generations = core::array::from_fn(|slot| {
+            if slot < region.slots {
+                region
+                    .slot_word(slot, SLOT_GENERATION)
+                    .load(Ordering::Relaxed)
+            } else {
+                0
+            }
+        });
+        Self {
+            region,
+            published,
+            generations,
+        }
     }
 
     /// Generation of the last image published, 0 if none.
@@ -310,7 +360,9 @@ impl<'r> Publisher<'r> {
     /// Copies an image into a slot that no reader pins and makes it current. Returns its generation.
     ///
     /// `pins` are the pin words of all readers that may be alive (see [`crate::stats::Stats::pins`]); they are read
-    /// after the slot has been marked free.
+    /// after the slot has been marked free. A data plane that restarts has its pins in another stats region, so the
+    /// caller opens that region anew for each call: a data plane that starts after that finds the image that was
+    /// current before this call, and this call leaves that one alone.
     ///
     /// # Errors
     /// When the image does not fit, or every slot but the current one is pinned. Nothing has changed then.
@@ -326,6 +378,36 @@ impl<'r> Publisher<'r> {
             });
         }
         let slot = self.free_slot(pins).ok_or(PublishError::AllPinned)?;
+        Ok(self.fill(slot, image))
+    }
+
+    /// Finds a slot that is not current and that no reader pins, and marks it free.
+    fn free_slot<'p>(&mut self, pins: impl Fn() -> Vec<&'p Word>) -> Option<usize> {
+        let pinned = |slot: usize| {
+            pins()
+                .iter()
+                .any(|pin| ImageRef(pin.load(Ordering::Relaxed)).lies_in(slot))
+        };
+        for slot in (0..self.region.slots).filter(|slot| !self.published.lies_in(*slot)) {
+            // A slot that is seen pinned is not even marked: a reader about to share that pin would be turned away.
+            if pinned(slot) {
+                continue;
+            }
+            let generation = self.region.slot_word(slot, SLOT_GENERATION);
+            generation.store(0, Ordering::Relaxed);
+            publisher_pin_fence(); // SYNC pin
+            if !pinned(slot) {
+                unpin_fence(); // SYNC unpin
+                self.generations[slot] = 0;
+                return Some(slot);
+            }
+            generation.store(self.generations[slot], Ordering::Relaxed);
+        }
+        None
+    }
+
+    /// Writes an image into a slot that has been freed, and makes it current.
+    fn fill(&mut self, slot: usize, image: &[u64]) -> u64 {
         let generation = self.published.generation() + 1;
         for (word, value) in self.region.slot(slot).iter().zip(image) {
             word.store(*value, Ordering::Relaxed);
@@ -336,34 +418,10 @@ impl<'r> Publisher<'r> {
         self.region
             .slot_word(slot, SLOT_GENERATION)
             .store(generation, Ordering::Relaxed);
+        self.generations[slot] = generation;
         self.published = ImageRef::new(generation, slot);
         self.region.current().store(self.published.0, ORDER_PUBLISH); // SYNC publish
-        Ok(generation)
-    }
-
-    /// Finds a slot that is not current and that no reader pins, and marks it free.
-    fn free_slot<'p>(&self, pins: impl Fn() -> Vec<&'p Word>) -> Option<usize> {
-        let current = self.published;
-        let candidates = (0..self.region.slots)
-            .filter(|slot| current.generation() == 0 || *slot != current.slot());
-        for slot in candidates {
-            let word = self.region.slot_word(slot, SLOT_GENERATION);
-            let old = word.load(Ordering::Relaxed);
-            let held = ImageRef::new(old, slot).0;
-            let unpinned =
-                || old == 0 || pins().iter().all(|pin| pin.load(ORDER_UNPIN_LOAD) != held); // SYNC unpin
-            // A slot that is seen pinned is not even marked: a reader about to share that pin would be turned away.
-            if !unpinned() {
-                continue;
-            }
-            word.store(0, Ordering::Relaxed);
-            pin_fence(); // SYNC pin
-            if unpinned() {
-                return Some(slot);
-            }
-            word.store(old, Ordering::Relaxed);
-        }
-        None
+        generation
     }
 }
 
@@ -404,11 +462,19 @@ impl<'r> Reader<'r> {
     /// The words of the image pinned before must not be used after this call: the caller takes [`Reader::words`] anew.
     #[inline]
     pub fn follow(&mut self, source: &Word) -> bool {
-        let target = ImageRef(source.load(ORDER_FOLLOW)); // SYNC publish
+        // Relaxed: the image's words are read behind the fence in `move_to`.
+        let target = ImageRef(source.load(Ordering::Relaxed));
         if target == self.pinned {
             return false;
         }
         self.move_to(target, source)
+    }
+
+    /// Names the pinned image in `accepted`, for readers that follow that word instead of the region's `current`.
+    ///
+    /// The image stays pinned until they had time to follow: pass on first, then let go of the image before.
+    pub fn pass_on(&self, accepted: &Word) {
+        accepted.store(self.pinned.0, ORDER_PASS_ON); // SYNC publish
     }
 
     /// Gives up the pinned image.
@@ -423,38 +489,104 @@ impl<'r> Reader<'r> {
         // Each failure means that the publisher moved on meanwhile, so `source` names a newer image soon.
         for _ in 0..MOVE_TRIES {
             self.pin.store(target.0, ORDER_UNPIN); // SYNC unpin
-            pin_fence(); // SYNC pin
+            reader_pin_fence(); // SYNC pin, publish
             if let Some(words) = self.region.image_words(target) {
                 self.words = words;
                 self.pinned = target;
                 return true;
             }
-            target = ImageRef(source.load(ORDER_FOLLOW)); // SYNC publish
+            target = ImageRef(source.load(Ordering::Relaxed));
         }
         self.unpin();
         true
     }
 }
 
-#[cfg(not(loom))]
-const MOVE_TRIES: usize = 1024;
-#[cfg(loom)]
-const MOVE_TRIES: usize = 2;
+const MOVE_TRIES: usize = if MODELLED { 2 } else { 1024 };
+const SNAPSHOT_TRIES: usize = if MODELLED { 2 } else { 64 };
 
-// The orderings that the protocol rests on have names, so that the concurrency tests can weaken each in turn
-// (see tests/README.md) and must then fail.
+/// The orderings that the protocol rests on have names, so that the models can weaken each in turn and must then fail
+/// (`mutations.sh` beside this crate's manifest).
 mod order {
     use super::{Ordering, fence};
 
-    pub(super) const ORDER_PUBLISH: Ordering = Ordering::Release;
-    pub(super) const ORDER_FOLLOW: Ordering = Ordering::Acquire;
-    pub(super) const ORDER_UNPIN: Ordering = Ordering::Release;
-    pub(super) const ORDER_UNPIN_LOAD: Ordering = Ordering::Acquire;
+    /// Whether the ordering of this name is to be weakened, which only the builds for loom and Miri can ask for.
+    #[cfg(any(loom, miri))]
+    const fn weak(name: &str) -> bool {
+        let Some(asked) = option_env!("RIPSTOP_MUTATE") else {
+            return false;
+        };
+        let (name, asked) = (name.as_bytes(), asked.as_bytes());
+        let mut same = name.len() == asked.len();
+        let mut index = 0;
+        while same && index < name.len() {
+            same = name[index] == asked[index];
+            index += 1;
+        }
+        same
+    }
+
+    #[cfg(not(any(loom, miri)))]
+    const fn weak(_name: &str) -> bool {
+        false
+    }
+
+    const fn release(name: &str) -> Ordering {
+        if weak(name) {
+            Ordering::Relaxed
+        } else {
+            Ordering::Release
+        }
+    }
+
+    pub(super) const ORDER_PUBLISH: Ordering = release("publish");
+    pub(super) const ORDER_PASS_ON: Ordering = release("pass-on");
+    pub(super) const ORDER_UNPIN: Ordering = release("unpin");
 
     #[inline]
-    pub(super) fn pin_fence() {
-        fence(Ordering::SeqCst);
+    pub(super) fn publisher_pin_fence() {
+        fence(if weak("pin-publisher") {
+            Ordering::AcqRel
+        } else {
+            Ordering::SeqCst
+        });
+    }
+
+    #[inline]
+    pub(super) fn reader_pin_fence() {
+        fence(if weak("pin-reader") {
+            Ordering::AcqRel
+        } else if weak("follow") {
+            Ordering::Release
+        } else {
+            Ordering::SeqCst
+        });
+    }
+
+    #[inline]
+    pub(super) fn unpin_fence() {
+        if !weak("unpin-seen") {
+            fence(Ordering::Acquire);
+        }
+    }
+
+    pub(super) fn snapshot_begins() {
+        if !weak("snapshot-begin") {
+            fence(Ordering::Acquire);
+        }
+    }
+
+    pub(super) fn snapshot_ends() {
+        if !weak("snapshot-end") {
+            fence(Ordering::Acquire);
+        }
     }
 }
 
-use order::{ORDER_FOLLOW, ORDER_PUBLISH, ORDER_UNPIN, ORDER_UNPIN_LOAD, pin_fence};
+use order::{
+    ORDER_PASS_ON, ORDER_PUBLISH, ORDER_UNPIN, publisher_pin_fence, reader_pin_fence,
+    snapshot_begins, snapshot_ends, unpin_fence,
+};
+
+#[cfg(test)]
+mod model;
