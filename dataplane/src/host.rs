@@ -29,7 +29,7 @@ use ripstop_fib::{Reader, Region};
 use crate::config::{self, ConfigErrors, HostFacts, WorkerConfig};
 use crate::nic::Nic;
 use crate::nic_queue::NicQueue;
-use crate::pace::{Pace, Waker};
+use crate::pace::{self, Pace, Waker};
 use crate::tun::{self, TunError, TunQueue};
 use crate::watcher::{self, TableWatcher};
 use crate::worker::{Parts, Worker};
@@ -348,6 +348,9 @@ fn start(
                     cpu,
                     "the worker could not be pinned to its CPU; it runs where the scheduler puts it"
                 );
+            }
+            if let Err(error) = pace::run_first() {
+                tracing::info!(%error, "the worker runs at ordinary priority; CAP_SYS_NICE would let it run first on a shared CPU");
             }
             worker.housekeeping(map::monotonic_ns());
             worker.run(&mut pace, &stop);

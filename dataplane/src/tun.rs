@@ -69,17 +69,17 @@ pub fn open(queues: usize) -> Result<Vec<TunQueue>, TunError> {
     let opened: Vec<TunQueue> = (0..queues)
         .map(|_| TunQueue::open())
         .collect::<Result<_, _>>()?;
+    // Pods reach this device over IPv4 only; without this the kernel's own IPv6 chatter (router solicitations, MLD)
+    // would arrive here. Before it is up. Best effort: a kernel without IPv6 has no such file.
+    let _ = std::fs::write(
+        format!("/proc/sys/net/ipv6/conf/{HOST_DOOR}/disable_ipv6"),
+        "1",
+    );
     set_up(QUEUE_PACKETS).map_err(|source| TunError::Refused {
         operation: "bring up",
         source,
         advice: "the process needs CAP_NET_ADMIN",
     })?;
-    // Pods reach this device over IPv4 only; without this the kernel's own IPv6 chatter (router solicitations, MLD)
-    // would arrive here. Best effort: a kernel without IPv6 has no such file.
-    let _ = std::fs::write(
-        format!("/proc/sys/net/ipv6/conf/{HOST_DOOR}/disable_ipv6"),
-        "1",
-    );
     Ok(opened)
 }
 

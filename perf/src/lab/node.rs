@@ -302,11 +302,12 @@ impl Node {
             "Backend": { "Type": "vxlan" },
         }))?;
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        // All nodes of a lab share the machine's CPUs: neighbours take different ones.
         for queue in 0..self.queues {
             let mut config = serde_json::json!({
                 "nic": "eth0",
                 "queue": queue,
-                "cpu": usize::from(queue) % cpus,
+                "cpu": (usize::from(self.index) + usize::from(queue)) % cpus,
                 "mode": "auto",
                 "polling": "adaptive",
             });
