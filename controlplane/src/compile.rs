@@ -1,6 +1,6 @@
 //! From leases to the forwarding table: a pure function of what is known, the same bytes for the same input.
 
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 
 use ripstop_fib::{Adjacency, BuildError, FAMILY_IPV4, ImageBuilder, LeaseRecord, Node, Route};
 

@@ -4,7 +4,7 @@
 //! back on the standby without anybody acting. What this module adds is caution while the process lives: a route is
 //! there only when every worker can forward by it, and a data plane that stands still loses the rule.
 
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 
 use hashbrown::HashSet;
 use ipnet::Ipv4Net;

@@ -3,7 +3,7 @@
 //! Pure: the choice is made from lists of links, addresses and routes, anew whenever one of them changes.
 
 use core::fmt;
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 
 use crate::mac::Mac;
 use crate::netlink::message::{Address, Link, Route};

@@ -1,6 +1,6 @@
 //! The control-plane process: reads its configuration, starts the lease source, runs the loop.
 
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;

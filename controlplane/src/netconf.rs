@@ -4,7 +4,7 @@
 //! treats `null` as "not given" for numbers and booleans; files in the wild rely on it. What flannel accepts but
 //! this version cannot do is refused by name: an option that is silently ignored is a bug that someone else finds.
 
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use ipnet::{IpNet, Ipv4Net};
@@ -244,7 +244,7 @@ impl Backend {
                     format!("{vni} is out of range: use 1 to 16777215"),
                 )
             })?;
-        let port = u16::try_from(port).map_err(|_| {
+        let port = u16::try_from(port).map_err(|_not_one| {
             range(
                 "Backend.Port",
                 format!("{port} is out of range: use 1 to 65535, or 0 for 8472"),
@@ -403,7 +403,7 @@ fn cidr(key: &'static str, value: &Json) -> Result<IpNet, NetConfError> {
     let Json::String(text) = value else {
         return Err(wrong(key, "a prefix like \"10.244.0.0/16\"", value));
     };
-    text.parse().map_err(|_| NetConfError::Value {
+    text.parse().map_err(|_not_one| NetConfError::Value {
         key,
         problem: format!("invalid CIDR address: {text}"),
     })
@@ -425,7 +425,7 @@ fn address(key: &'static str, value: &Json) -> Result<(), NetConfError> {
     };
     let is_v6 = key.starts_with("IPv6");
     let valid = if is_v6 {
-        text.parse::<std::net::Ipv6Addr>().is_ok()
+        text.parse::<core::net::Ipv6Addr>().is_ok()
     } else {
         text.parse::<Ipv4Addr>().is_ok()
     };

@@ -3,8 +3,8 @@
 //! Workers bypass the kernel, so nothing else would keep their neighbours alive or notice that one has moved. The
 //! entries stay ordinary dynamic ones: they are kept fresh by asking the kernel to use them, as a packet would.
 
+use core::net::Ipv4Addr;
 use core::time::Duration;
-use std::net::Ipv4Addr;
 use std::time::Instant;
 
 use hashbrown::{HashMap, HashSet};
@@ -81,7 +81,7 @@ impl NextHops {
     }
 
     /// Brings the knowledge up to date: looks up routes that are not known yet, takes a new picture of the
-    /// neighbours, and has the kernel resolve or confirm those that need it.
+    /// neighbours, and has the kernel resolve or confirm those that need it. Returns the first refusal of that.
     pub fn update(
         &mut self,
         netlink: &mut Netlink,
@@ -89,7 +89,7 @@ impl NextHops {
         source: Ipv4Addr,
         peers: impl Iterator<Item = Ipv4Addr>,
         now: Instant,
-    ) -> Result<(), NetlinkError> {
+    ) -> Result<Option<Refusal>, NetlinkError> {
         let peers: HashSet<Ipv4Addr> = peers.collect();
         self.routes.retain(|peer, _| peers.contains(peer));
         let unknown: Vec<Ipv4Addr> = peers
@@ -106,9 +106,8 @@ impl NextHops {
             .map(|neighbour| (neighbour.address, neighbour))
             .collect();
         let requests = self.pokes(underlay.index, now);
-        // A refusal shows as an entry that stays unresolved, and is tried again.
-        let _unresolved = netlink.execute(&requests)?;
-        Ok(())
+        let failures = netlink.execute(&requests)?;
+        Ok(failures.into_iter().next().map(|failure| failure.refusal))
     }
 
     /// Which neighbours the kernel should be asked to use.

@@ -198,10 +198,10 @@ impl DataPlane {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use core::net::Ipv4Addr;
     use ripstop_fib::publish::{SLOT_WORDS, SLOTS, region_words};
     use ripstop_fib::stats::{Gauge, Mode, Polling, WorkerCounters, WorkerIdentity};
     use ripstop_fib::{ImageBuilder, Node, Route};
-    use std::net::Ipv4Addr;
 
     fn image(vni: u32) -> Vec<u64> {
         let node = Node {

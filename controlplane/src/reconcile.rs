@@ -16,9 +16,9 @@
 //!
 //! Every part fails on its own: it is reported once, tried again later, and the others go on.
 
+use core::net::Ipv4Addr;
 use core::time::Duration;
 use std::collections::VecDeque;
-use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -363,8 +363,6 @@ impl Reconciler {
         let steps = &mut self.steps;
         if dirty.links {
             steps.underlay.wake();
-            steps.standby.wake();
-            steps.detour.wake();
         }
         if dirty.routes {
             self.hops.forget_routes();
@@ -497,13 +495,24 @@ impl Reconciler {
         now: Instant,
     ) -> Result<(), StepError> {
         let peers = leases.peers.iter().map(|peer| peer.public_ip);
-        self.hops.update(
+        let refused = self.hops.update(
             &mut self.netlink,
             underlay,
             leases.own.public_ip,
             peers,
             now,
         )?;
+        match refused {
+            None => self.problems.clear("neighbours"),
+            Some(refusal) if refusal.errno == libc::ENOBUFS => self.problems.raise(
+                "neighbours",
+                format!(
+                    "the kernel's neighbour table is full, {} next hops are needed: raise net.ipv4.neigh.default.gc_thresh3",
+                    self.hops.neighbours_in_use()
+                ),
+            ),
+            Some(refusal) => self.problems.raise("neighbours", format!("resolve next hops: {refusal}")),
+        }
         let changed = leases.peers.iter().any(|peer| {
             self.published_macs.get(&peer.public_ip) != Some(&self.hops.mac(peer.public_ip))
         });

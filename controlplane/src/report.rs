@@ -1,10 +1,10 @@
 //! What the operator's CLI shows: read from the run directory and the kernel, asking no process.
 
 use core::fmt::Write as _;
+use core::net::Ipv4Addr;
 use core::time::Duration;
 use std::collections::HashSet;
 use std::io;
-use std::net::Ipv4Addr;
 use std::path::Path;
 
 use ipnet::Ipv4Net;

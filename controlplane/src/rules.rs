@@ -12,10 +12,10 @@
 //! filter. The filter outlives the control plane on purpose; `ripstop cleanup` removes it.
 
 use core::fmt::Write as _;
+use core::net::Ipv4Addr;
 use core::time::Duration;
 use std::collections::BTreeSet;
 use std::io::{self, Write as _};
-use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -433,7 +433,7 @@ fn keep(shared: &Shared) {
         if let Some(wanted) =
             wanted.filter(|wanted| loaded.as_ref().map(|loaded| &loaded.filter) != Some(wanted))
         {
-            match load(wanted, loaded.take()) {
+            match load(wanted, loaded.take().as_ref()) {
                 Ok(now_loaded) => loaded = Some(now_loaded),
                 Err(error) => problem = Some(error.to_string()),
             }
@@ -485,11 +485,9 @@ fn drain(monitor: &mut RulesetMonitor, expected: usize) -> Option<bool> {
     }
 }
 
-fn load(wanted: Filter, before: Option<Loaded>) -> Result<Loaded, FilterError> {
+fn load(wanted: Filter, before: Option<&Loaded>) -> Result<Loaded, FilterError> {
     let start = Instant::now();
-    let update = before
-        .as_ref()
-        .and_then(|before| wanted.update(&before.filter));
+    let update = before.and_then(|before| wanted.update(&before.filter));
     // An update fails where another program has taken an element; then the whole is replaced.
     let updated = update.is_some_and(|update| run(&["-f", "-"], &update).is_ok());
     if !updated {

@@ -10,7 +10,7 @@
 //! pure. Flannel's routes carry protocol `boot`, which everyone's do; ours carry [`PROTOCOL`], so that ours, when
 //! stale, can be told from an operator's. Routes of exactly flannel's shape on the same device are taken over.
 
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 
 use hashbrown::{HashMap, HashSet};
 use ipnet::Ipv4Net;
@@ -740,7 +740,7 @@ mod tests {
                 }
                 PeerOp::DeleteRoute(route) => actual.routes.retain(|other| other != route),
                 PeerOp::DeleteNeighbour(address) => {
-                    actual.neighbours.retain(|entry| entry.address != *address)
+                    actual.neighbours.retain(|entry| entry.address != *address);
                 }
                 PeerOp::DeleteFdb(mac) => actual.fdb.retain(|entry| entry.mac != *mac),
             }

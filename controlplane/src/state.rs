@@ -1,7 +1,7 @@
 //! What the control plane says about itself to the operator's CLI: `<run-dir>/controlplane.json`.
 
+use core::net::Ipv4Addr;
 use std::io;
-use std::net::Ipv4Addr;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};

@@ -26,7 +26,7 @@ fn owned(fd: libc::c_int) -> io::Result<OwnedFd> {
 fn read(fd: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the pointer and length describe `buffer`, which outlives the call.
     let read = unsafe { libc::read(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
-    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+    usize::try_from(read).map_err(|_negative| io::Error::last_os_error())
 }
 
 /// Lets any thread wake one that waits in [`wait_readable`].

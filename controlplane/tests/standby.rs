@@ -3,7 +3,7 @@
 mod common;
 
 use core::fmt::Write as _;
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 use std::process::Command;
 use std::time::Instant;
 

@@ -55,7 +55,7 @@ enum Command {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text
         .parse()
-        .map_err(|_| "give a number of seconds".to_owned())?;
+        .map_err(|_not_one| "give a number of seconds".to_owned())?;
     Duration::try_from_secs_f64(seconds)
         .ok()
         .filter(|interval| *interval <= Duration::from_secs(3600))

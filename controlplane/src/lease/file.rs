@@ -10,9 +10,9 @@
 //! watcher looks at the *directory*, because editors and config maps replace files by rename, and reads again
 //! every few seconds in case an event was lost. A bad file never disturbs the set that is in force.
 
+use core::net::Ipv4Addr;
 use core::time::Duration;
 use std::borrow::Cow;
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -151,7 +151,7 @@ fn check(raw: &RawLease<'_>, network: Ipv4Net) -> Result<Lease, String> {
     if raw.node.is_empty() {
         return Err("\"node\" is empty: give the node's name".to_owned());
     }
-    let public_ip: Ipv4Addr = raw.public_ip.parse().map_err(|_| {
+    let public_ip: Ipv4Addr = raw.public_ip.parse().map_err(|_not_one| {
         format!(
             "\"publicIP\" is {:?}, not an IPv4 address: write one like \"10.199.0.11\"",
             raw.public_ip
@@ -166,7 +166,7 @@ fn check(raw: &RawLease<'_>, network: Ipv4Net) -> Result<Lease, String> {
             "\"publicIP\" {public_ip} cannot be the address of a node: use its underlay address"
         ));
     }
-    let subnet: Ipv4Net = raw.subnet.parse().map_err(|_| {
+    let subnet: Ipv4Net = raw.subnet.parse().map_err(|_not_one| {
         format!(
             "\"subnet\" is {:?}, not an IPv4 prefix: write one like \"10.244.1.0/24\"",
             raw.subnet

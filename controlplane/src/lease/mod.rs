@@ -5,7 +5,7 @@
 
 pub mod file;
 
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Instant;
 

@@ -1,7 +1,7 @@
 //! The kernel objects that the control plane looks at and changes: links, addresses, routes, rules, neighbours
 //! and VXLAN forwarding entries; how each is read, and the requests that change them.
 
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
 use netlink_packet_core::{NLA_ALIGNTO, NLA_HEADER_SIZE, NLA_TYPE_MASK};
@@ -66,7 +66,13 @@ mod attribute {
     pub(super) const FRA_TABLE: u16 = 15;
     pub(super) const FRA_PROTOCOL: u16 = 21;
 }
-use attribute::*;
+use attribute::{
+    FRA_PRIORITY, FRA_PROTOCOL, FRA_TABLE, IFA_ADDRESS, IFA_FLAGS, IFA_LOCAL, IFLA_ADDRESS,
+    IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MTU,
+    IFLA_VXLAN_COLLECT_METADATA, IFLA_VXLAN_GBP, IFLA_VXLAN_GROUP, IFLA_VXLAN_ID,
+    IFLA_VXLAN_L2MISS, IFLA_VXLAN_LEARNING, IFLA_VXLAN_LINK, IFLA_VXLAN_LOCAL, IFLA_VXLAN_PORT,
+    NDA_DST, NDA_LLADDR, RTA_DST, RTA_GATEWAY, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE,
+};
 
 pub(crate) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     bytes
@@ -166,7 +172,7 @@ impl Link {
                 IFLA_IFNAME => {
                     link.name = String::from_utf8_lossy(value)
                         .trim_end_matches('\0')
-                        .to_owned()
+                        .to_owned();
                 }
                 IFLA_MTU => link.mtu = u32_at(value, 0)?,
                 IFLA_LINKINFO => link.vxlan = VxlanLink::parse(value),
@@ -489,7 +495,7 @@ impl Rule {
                 FRA_PROTOCOL => rule.protocol = *value.first()?,
                 // "No limit" is all ones; anything else restricts the rule.
                 FRA_SUPPRESS_PREFIXLEN | FRA_SUPPRESS_IFGROUP => {
-                    rule.matches_all &= u32_at(value, 0)? == u32::MAX
+                    rule.matches_all &= u32_at(value, 0)? == u32::MAX;
                 }
                 FRA_PAD => {}
                 _ => rule.matches_all = false,
@@ -514,7 +520,7 @@ impl Netlink {
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
         let mut links = Vec::new();
         self.dump("links", &request, RTM_NEWLINK, |payload| {
-            links.extend(Link::parse(payload))
+            links.extend(Link::parse(payload));
         })?;
         Ok(links)
     }
@@ -526,7 +532,7 @@ impl Netlink {
         let request = RouteNetlinkMessage::GetAddress(message);
         let mut addresses = Vec::new();
         self.dump("addresses", &request, RTM_NEWADDR, |payload| {
-            addresses.extend(Address::parse(payload))
+            addresses.extend(Address::parse(payload));
         })?;
         Ok(addresses)
     }
@@ -583,7 +589,7 @@ impl Netlink {
         let request = RouteNetlinkMessage::GetRule(message);
         let mut rules = Vec::new();
         self.dump("rules", &request, RTM_NEWRULE, |payload| {
-            rules.extend(Rule::parse(payload))
+            rules.extend(Rule::parse(payload));
         })?;
         Ok(rules)
     }

@@ -10,9 +10,9 @@
 pub mod message;
 pub mod monitor;
 
+use core::net::Ipv4Addr;
 use core::time::Duration;
 use std::io;
-use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 
 use netlink_packet_core::{

@@ -11,10 +11,11 @@ use netlink_sys::Socket;
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 
 use super::message::{
-    Neighbour, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_DELRULE, RTM_NEWADDR,
-    RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_NEWRULE, Route, attributes, u32_at,
+    Link, Neighbour, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_DELRULE,
+    RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_NEWRULE, Route, attributes, u32_at,
 };
 use super::{NetlinkError, for_each_message, open_socket, receive_into};
+use crate::detour::DEVICE as DETOUR_DEVICE;
 use crate::sys::{borrow_netlink, force_receive_buffer};
 
 /// Multicast groups (rtnetlink.h): links, neighbours with forwarding entries, IPv4 addresses, routes, rules.
@@ -23,11 +24,11 @@ const GROUPS: [u32; 5] = [1, 3, 5, 7, 8];
 /// Parts of the kernel's state to look at again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Dirty {
-    /// Links or addresses, and so everything that hangs on them.
+    /// Links or addresses: the underlay may be another.
     pub links: bool,
-    /// Standby: routes, neighbours or forwarding entries on the VXLAN device.
+    /// Standby: the VXLAN device, or routes, neighbours or forwarding entries on it.
     pub standby: bool,
-    /// Routes or rule of the detour.
+    /// Detour: its device, routes or rule.
     pub detour: bool,
     /// Any other route or rule: next hops may have moved.
     pub routes: bool,
@@ -133,7 +134,21 @@ impl Monitor {
 fn classify(kind: u16, payload: &[u8], interests: Interests) -> Dirty {
     let mut dirty = Dirty::default();
     match kind {
-        RTM_NEWLINK | RTM_DELLINK | RTM_NEWADDR | RTM_DELADDR => dirty.links = true,
+        RTM_NEWLINK | RTM_DELLINK => {
+            // Pods come and go with links of their own: only those that matter cause a look at what hangs on them.
+            // The kernel drops the routes of a link that goes down without a word.
+            dirty.links = true;
+            if let Some(link) = Link::parse(payload) {
+                dirty.standby = link.index == interests.vxlan_link;
+                dirty.detour = link.name == DETOUR_DEVICE;
+                dirty.routes = link.index == interests.underlay_link;
+                dirty.neighbours = dirty.routes;
+            }
+        }
+        RTM_NEWADDR | RTM_DELADDR => {
+            dirty.links = true;
+            dirty.standby = u32_at(payload, 4) == Some(interests.vxlan_link);
+        }
         RTM_NEWRULE | RTM_DELRULE => {
             dirty.detour = true;
             dirty.routes = true;
@@ -141,7 +156,7 @@ fn classify(kind: u16, payload: &[u8], interests: Interests) -> Dirty {
         RTM_NEWROUTE | RTM_DELROUTE => match Route::parse(payload) {
             Some(route) if route.table == interests.table => dirty.detour = true,
             Some(route) if route.link == interests.vxlan_link && route.link != 0 => {
-                dirty.standby = true
+                dirty.standby = true;
             }
             // A route that replaced ours is announced under its own interface, so any route may concern us.
             _ => {
@@ -228,5 +243,64 @@ impl RulesetMonitor {
             });
         }
         Ok(batches)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTERESTS: Interests = Interests {
+        vxlan_link: 7,
+        underlay_link: 2,
+        table: 0x5269,
+    };
+
+    fn link(index: u32, name: &str) -> Vec<u8> {
+        let mut payload = vec![0; 16];
+        payload[4..8].copy_from_slice(&index.to_ne_bytes());
+        let length = u16::try_from(5 + name.len()).unwrap();
+        payload.extend(length.to_ne_bytes());
+        payload.extend(3u16.to_ne_bytes());
+        payload.extend(name.as_bytes());
+        payload.push(0);
+        payload
+    }
+
+    #[test]
+    fn only_links_that_matter_cause_more_than_a_look_at_links() {
+        let links = Dirty {
+            links: true,
+            ..Dirty::default()
+        };
+        for (payload, expected) in [
+            (link(30, "veth1"), links),
+            (
+                link(7, "flannel.1"),
+                Dirty {
+                    standby: true,
+                    ..links
+                },
+            ),
+            (
+                link(31, "rip0"),
+                Dirty {
+                    detour: true,
+                    ..links
+                },
+            ),
+            (
+                link(2, "eth0"),
+                Dirty {
+                    routes: true,
+                    neighbours: true,
+                    ..links
+                },
+            ),
+            (vec![], links),
+        ] {
+            assert_eq!(classify(RTM_NEWLINK, &payload, INTERESTS), expected);
+            assert_eq!(classify(RTM_DELLINK, &payload, INTERESTS), expected);
+        }
     }
 }

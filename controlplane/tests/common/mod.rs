@@ -2,10 +2,10 @@
 #![expect(unsafe_code, reason = "setns(2) has no safe interface in std")]
 #![expect(dead_code, reason = "every test binary uses its own part")]
 
+use core::net::Ipv4Addr;
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
 use std::fs::File;
-use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Instant;
