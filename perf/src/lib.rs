@@ -31,11 +31,12 @@ pub use address::Mac;
 pub use counters::{KernelCounters, LinkCounters};
 pub use frame::{Ethernet, Inner, Ipv4, Udp, UdpChecksum, Vxlan, VxlanFrame, wire_faults};
 pub use lab::{
-    Attacker, Fabric, Host, Lab, LabBuilder, Lease, Leases, Node, NodeKind, Pod, wait_until,
+    Attacker, DETOUR_TABLE, Fabric, Host, Lab, LabBuilder, Lease, Leases, Node, NodeKind, Pod,
+    Workers, wait_until,
 };
 pub use netns::Netns;
 pub use packet::{Capture, Captured, CapturedFrame, Direction, Injector};
 pub use traffic::{
-    EchoReport, Ping, PingReport, TcpReport, TrafficHandle, TrafficReport, UDP_PAYLOAD_MIN,
-    UdpFlow, tcp_transfer, udp_echo, udp_payload_max,
+    EchoReport, Mark, Ping, PingReport, TcpReport, TrafficGroup, TrafficHandle, TrafficReport,
+    UDP_PAYLOAD_MIN, UdpFlow, tcp_transfer, udp_echo, udp_payload_max,
 };

@@ -18,6 +18,7 @@
 
 mod node;
 mod process;
+mod ripstop;
 mod setup;
 
 use core::net::Ipv4Addr;
@@ -36,6 +37,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use node::{Lease, Leases, Node, NodeKind, Pod};
+pub use ripstop::{DETOUR_TABLE, Workers};
 
 use crate::address;
 use crate::counters::{KernelCounters, LinkCounters};

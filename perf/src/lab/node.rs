@@ -332,10 +332,21 @@ impl Node {
     /// # Errors
     /// As [`Node::start_dataplane`].
     pub fn start_dataplane_with(&self, arguments: &[&str]) -> Result<()> {
-        let mut command = self.netns.command(binary(DATAPLANE)?);
-        command.arg("--config-dir").arg(self.config_dir());
-        command.arg("--run-dir").arg(self.run_dir()).args(arguments);
+        let mut command = self.dataplane_command(&[])?;
+        command.args(arguments);
         self.start(&self.dataplane, &mut command, DATAPLANE)
+    }
+
+    /// The data plane as a command for the caller to run, behind programs that change what it may
+    /// do: `["taskset", "-c", "0"]`. The lab does not know a process that is started so.
+    ///
+    /// # Errors
+    /// It is not built.
+    pub fn dataplane_command(&self, wrapper: &[&str]) -> Result<Command> {
+        let mut command = self.wrapped(wrapper, DATAPLANE)?;
+        command.arg("--config-dir").arg(self.config_dir());
+        command.arg("--run-dir").arg(self.run_dir());
+        Ok(command)
     }
 
     /// Starts the control plane.
@@ -351,12 +362,34 @@ impl Node {
     /// # Errors
     /// As [`Node::start_controlplane`].
     pub fn start_controlplane_with(&self, arguments: &[&str]) -> Result<()> {
-        let mut command = self.netns.command(binary(CONTROLPLANE)?);
+        let mut command = self.controlplane_command(&[])?;
+        command.args(arguments);
+        self.start(&self.controlplane, &mut command, CONTROLPLANE)
+    }
+
+    /// The control plane as a command for the caller to run: see [`Node::dataplane_command`].
+    ///
+    /// # Errors
+    /// It is not built.
+    pub fn controlplane_command(&self, wrapper: &[&str]) -> Result<Command> {
+        let mut command = self.wrapped(wrapper, CONTROLPLANE)?;
         command.arg("--net-config-path").arg(self.net_conf_file());
         command.arg("--lease-file").arg(self.lease_file());
         command.args(["--node-name", &self.name, "--iface", "eth0"]);
-        command.arg("--run-dir").arg(self.run_dir()).args(arguments);
-        self.start(&self.controlplane, &mut command, CONTROLPLANE)
+        command.arg("--run-dir").arg(self.run_dir());
+        Ok(command)
+    }
+
+    fn wrapped(&self, wrapper: &[&str], program: &str) -> Result<Command> {
+        let program = binary(program)?;
+        Ok(match wrapper.split_first() {
+            Some((first, rest)) => {
+                let mut command = self.netns.command(first);
+                command.args(rest).arg(program);
+                command
+            }
+            None => self.netns.command(program),
+        })
     }
 
     fn start(

@@ -308,6 +308,42 @@ impl TrafficReport {
         self.sent > 0 && faults.iter().all(|count| *count == 0)
     }
 
+    /// Several accounts as one: packets added up, of times the worst.
+    pub(super) fn sum(reports: impl Iterator<Item = Self>) -> Self {
+        let none = Self {
+            sent: 0,
+            received: 0,
+            lost: 0,
+            duplicated: 0,
+            reordered: 0,
+            corrupt: 0,
+            foreign: 0,
+            refused: 0,
+            sink_drops: 0,
+            longest_gap: Duration::ZERO,
+            longest_gap_packets: 0,
+            latency_p50: Duration::ZERO,
+            latency_p99: Duration::ZERO,
+            duration: Duration::ZERO,
+        };
+        reports.fold(none, |sum, one| Self {
+            sent: sum.sent + one.sent,
+            received: sum.received + one.received,
+            lost: sum.lost + one.lost,
+            duplicated: sum.duplicated + one.duplicated,
+            reordered: sum.reordered + one.reordered,
+            corrupt: sum.corrupt + one.corrupt,
+            foreign: sum.foreign + one.foreign,
+            refused: sum.refused + one.refused,
+            sink_drops: sum.sink_drops + one.sink_drops,
+            longest_gap: sum.longest_gap.max(one.longest_gap),
+            longest_gap_packets: sum.longest_gap_packets.max(one.longest_gap_packets),
+            latency_p50: sum.latency_p50.max(one.latency_p50),
+            latency_p99: sum.latency_p99.max(one.latency_p99),
+            duration: sum.duration.max(one.duration),
+        })
+    }
+
     /// Packets a second that were really sent.
     #[must_use]
     pub fn rate(&self) -> u64 {
@@ -340,6 +376,13 @@ impl fmt::Display for TrafficReport {
     }
 }
 
+/// A place in running traffic: the packets that had been sent when it was taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mark {
+    /// By flow.
+    sent: Vec<u64>,
+}
+
 /// Traffic that runs in the background. Dropping it stops it.
 #[derive(Debug)]
 pub struct TrafficHandle {
@@ -356,11 +399,53 @@ impl TrafficHandle {
         self.shared.report()
     }
 
+    /// How far the sender has come.
+    #[must_use]
+    pub fn mark(&self) -> Mark {
+        Mark {
+            sent: self
+                .shared
+                .sent
+                .iter()
+                .map(|sent| sent.load(Ordering::Acquire))
+                .collect(),
+        }
+    }
+
+    /// How many of the packets that were sent before the mark have not arrived, while traffic goes
+    /// on. Waits as long as stragglers come in, and until `quiet` has passed without one.
+    #[must_use]
+    pub fn lost_before(&self, mark: &Mark, quiet: Duration) -> u64 {
+        let missing = || {
+            let tally = self.shared.tally();
+            let flows = tally.flows.iter().zip(&mark.sent);
+            flows
+                .map(|(flow, sent)| sent.saturating_sub(flow.received_before(*sent)))
+                .sum()
+        };
+        let mut lost: u64 = missing();
+        let mut since = Instant::now();
+        while lost > 0 && since.elapsed() < quiet {
+            thread::sleep(Duration::from_millis(10));
+            let now = missing();
+            if now != lost {
+                lost = now;
+                since = Instant::now();
+            }
+        }
+        lost
+    }
+
     /// Stops sending, lets what is on its way arrive, and returns the account.
     #[must_use]
     pub fn stop(self) -> TrafficReport {
-        self.shared.stop_sending.store(true, Ordering::Release);
+        self.stop_sending();
         self.wait()
+    }
+
+    /// Tells the sender to stop, and returns before it has.
+    pub(super) fn stop_sending(&self) {
+        self.shared.stop_sending.store(true, Ordering::Release);
     }
 
     /// Waits for the sender's end, lets what is on its way arrive, and returns the account.
@@ -386,7 +471,7 @@ impl TrafficHandle {
 
 impl Drop for TrafficHandle {
     fn drop(&mut self) {
-        self.shared.stop_sending.store(true, Ordering::Release);
+        self.stop_sending();
         self.join();
     }
 }
@@ -643,6 +728,18 @@ impl FlowTally {
         }
     }
 
+    /// How many of the first `sent` packets have arrived.
+    fn received_before(&self, sent: u64) -> u64 {
+        let mut left = sent;
+        let mut received = 0;
+        for word in &self.seen {
+            let wanted = if left < 64 { (1 << left) - 1 } else { u64::MAX };
+            received += u64::from((word & wanted).count_ones());
+            left = left.saturating_sub(64);
+        }
+        received
+    }
+
     /// The most packets in a row, of the first `sent`, that have not arrived.
     fn longest_hole(&self, sent: u64) -> u64 {
         let (mut longest, mut hole) = (0_u64, 0);
@@ -672,6 +769,17 @@ impl FlowTally {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn arrivals_before_a_mark_are_counted() {
+        let mut flow = FlowTally::default();
+        let arrived = [0, 1, 5, 63, 64, 200];
+        arrived.into_iter().for_each(|seq| flow.count(seq));
+        for sent in 0..300 {
+            let expected = arrived.iter().filter(|seq| **seq < sent).count();
+            assert_eq!(flow.received_before(sent), expected as u64, "of {sent}");
+        }
+    }
 
     fn packet(flow: usize, seq: u64, size: usize) -> Vec<u8> {
         let mut buffer = Vec::new();

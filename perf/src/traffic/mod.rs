@@ -5,12 +5,14 @@
 
 mod echo;
 mod flow;
+mod group;
 mod histogram;
 mod ping;
 mod tcp;
 
 pub use echo::{EchoReport, udp_echo};
-pub use flow::{TrafficHandle, TrafficReport, UDP_PAYLOAD_MIN, UdpFlow};
+pub use flow::{Mark, TrafficHandle, TrafficReport, UDP_PAYLOAD_MIN, UdpFlow};
+pub use group::TrafficGroup;
 pub use ping::{Ping, PingReport};
 pub use tcp::{TcpReport, tcp_transfer};
 
