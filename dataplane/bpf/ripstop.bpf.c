@@ -41,6 +41,19 @@ struct {
 	__type(value, __u32);
 } sockets SEC(".maps");
 
+/*
+ * Until when the worker of a receive queue counts as moving, in nanoseconds of
+ * CLOCK_MONOTONIC; 0 is for ever. The data plane keeps pushing it on. A process
+ * that is stopped or stuck does not, and the kernel gets its packets instead of
+ * a ring that nobody reads.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, RIPSTOP_QUEUES_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} deadlines SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, RIPSTOP_OUTCOMES);
@@ -144,12 +157,23 @@ static __always_inline enum ripstop_outcome classify(struct xdp_md *ctx)
 	return RIPSTOP_REDIRECTED;
 }
 
+/* Whether the worker of the frame's receive queue was moving a moment ago. */
+static __always_inline int stalled(struct xdp_md *ctx)
+{
+	__u32 queue = ctx->rx_queue_index;
+	__u64 *deadline = bpf_map_lookup_elem(&deadlines, &queue);
+
+	return deadline && *deadline && *deadline < bpf_ktime_get_ns();
+}
+
 /* The one door: the only place that counts, once per frame. */
 static __always_inline int gate(struct xdp_md *ctx)
 {
 	enum ripstop_outcome outcome = classify(ctx);
 	int action = XDP_PASS;
 
+	if (outcome == RIPSTOP_REDIRECTED && stalled(ctx))
+		outcome = RIPSTOP_STALLED;
 	if (outcome == RIPSTOP_REDIRECTED) {
 		/* XDP_PASS as flags: what to return for a queue without a socket. */
 		action = bpf_redirect_map(&sockets, ctx->rx_queue_index, XDP_PASS);

@@ -56,8 +56,10 @@ enum ripstop_outcome {
 	RIPSTOP_TOO_LONG = 7,
 	/* No tunnel traffic of ours: to the kernel. */
 	RIPSTOP_PASSED_OTHER = 8,
+	/* Ours, but the worker of the receive queue has stopped moving: to the kernel. */
+	RIPSTOP_STALLED = 9,
 
-	RIPSTOP_OUTCOMES = 9,
+	RIPSTOP_OUTCOMES = 10,
 };
 
 #endif

@@ -37,6 +37,11 @@ use crate::xdp::{AttachMode, AttachedMode, XdpError, XdpProgram};
 
 /// How often the watcher looks for a new table.
 const WATCH: Duration = Duration::from_millis(2);
+/// A worker whose heartbeat is older than this counts as stuck. It beats every 100 ms when it has nothing to do, and
+/// more often when it has.
+const HEARTBEAT_MAX_NS: u64 = 500_000_000;
+/// How long the XDP program believes that a worker moves.
+const BELIEF_NS: u64 = 1_000_000_000;
 /// Looks between two publications of the kernel's statistics: every 100 ms.
 const STATISTICS_LOOKS: u32 = 50;
 /// How long packets that are on their way through the workers get before the workers stop.
@@ -461,6 +466,7 @@ fn watch(
         }
         if looks % STATISTICS_LOOKS == 0 {
             publish_statistics(regions.stats, nics, running)?;
+            vouch(regions.stats, nics)?;
         }
         looks += 1;
         match signals.recv_timeout(WATCH) {
@@ -472,6 +478,21 @@ fn watch(
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         }
     }
+}
+
+/// Tells the XDP programs which workers move. Nobody vouches for a process that is stopped: the kernel then gets its
+/// packets as if it were dead.
+fn vouch(stats: Stats<'_>, nics: &BTreeMap<String, AttachedNic>) -> Result<(), HostError> {
+    let now = map::monotonic_ns();
+    for worker in stats.workers() {
+        let moving = now.saturating_sub(worker.heartbeat_ns) < HEARTBEAT_MAX_NS;
+        if let Some(attached) = nics.get(&worker.identity.nic).filter(|_| moving) {
+            attached
+                .program
+                .keep_alive(worker.identity.queue, now + BELIEF_NS)?;
+        }
+    }
+    Ok(())
 }
 
 fn publish_statistics(

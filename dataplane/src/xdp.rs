@@ -155,95 +155,8 @@ impl Buffers {
     }
 }
 
-/// What became of a frame (`enum ripstop_outcome`): every frame that the
-/// program sees has exactly one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Outcome {
-    /// Handed to a socket. The socket's own statistics tell what it had to refuse.
-    Redirected = 0,
-    /// Ours, but there is no socket for the receive queue.
-    NoSocket = 1,
-    /// A fragment of a UDP packet to our address; later ones have no port to check.
-    Fragment = 2,
-    /// For our tunnel, with IP options.
-    IpOptions = 3,
-    /// For our tunnel, with lengths that contradict each other or the frame.
-    BadLength = 4,
-    /// For our tunnel, with VXLAN flags or reserved bits that we do not know.
-    VxlanFlags = 5,
-    /// For our tunnel's address and port, in another virtual network.
-    OtherVni = 6,
-    /// For our tunnel, but longer than a frame of the sockets.
-    TooLong = 7,
-    /// Not for our tunnel.
-    PassedOther = 8,
-}
-
-impl Outcome {
-    /// Every outcome; the position is the number.
-    pub const ALL: [Self; 9] = [
-        Self::Redirected,
-        Self::NoSocket,
-        Self::Fragment,
-        Self::IpOptions,
-        Self::BadLength,
-        Self::VxlanFlags,
-        Self::OtherVni,
-        Self::TooLong,
-        Self::PassedOther,
-    ];
-
-    /// Name of the counter.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Redirected => "redirected",
-            Self::NoSocket => "no_socket",
-            Self::Fragment => "fragment",
-            Self::IpOptions => "ip_options",
-            Self::BadLength => "bad_length",
-            Self::VxlanFlags => "vxlan_flags",
-            Self::OtherVni => "other_vni",
-            Self::TooLong => "too_long",
-            Self::PassedOther => "passed_other",
-        }
-    }
-
-    /// What the counter means, in one line for the operator.
-    pub const fn explanation(self) -> &'static str {
-        match self {
-            Self::Redirected => "tunnel packet, handed to the worker of its receive queue",
-            Self::NoSocket => {
-                "tunnel packet on a receive queue without a worker: add a configuration file for that queue"
-            }
-            Self::Fragment => {
-                "UDP fragment to this node, left to the kernel: a path MTU below the tunnel's outer packet"
-            }
-            Self::IpOptions => "tunnel packet with IP options, left to the kernel",
-            Self::BadLength => {
-                "tunnel packet whose IP, UDP and frame lengths disagree, left to the kernel: a broken or hostile sender"
-            }
-            Self::VxlanFlags => {
-                "tunnel packet with unknown VXLAN flags or reserved bits, left to the kernel: a sender with extensions"
-            }
-            Self::OtherVni => {
-                "tunnel packet of another VNI, left to the kernel: another overlay or a peer configured differently"
-            }
-            Self::TooLong => {
-                "tunnel packet longer than a UMEM frame, left to the kernel: raise umem.frameSize; in generic mode GRO makes them"
-            }
-            Self::PassedOther => "not for the tunnel, left to the kernel",
-        }
-    }
-}
-
-const _: () = {
-    let mut position = 0;
-    while position < Outcome::ALL.len() {
-        assert!(Outcome::ALL[position] as usize == position);
-        position += 1;
-    }
-};
+/// What became of a frame (`enum ripstop_outcome`): every frame that the program sees has exactly one.
+pub use ripstop_fib::stats::XdpCounter as Outcome;
 
 /// Frames seen so far, by outcome, over all CPUs.
 ///
@@ -251,13 +164,13 @@ const _: () = {
 /// by itself while the program runs, so that a reading is not one instant.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct XdpCounters {
-    frames: [u64; Outcome::ALL.len()],
+    frames: [u64; Outcome::COUNT],
 }
 
 impl XdpCounters {
     /// All counters, in the order of [`Outcome::ALL`].
     pub fn iter(&self) -> impl Iterator<Item = (Outcome, u64)> {
-        Outcome::ALL.into_iter().zip(self.frames)
+        Outcome::ALL.iter().copied().zip(self.frames)
     }
 
     /// Frames that the program has seen.
@@ -394,6 +307,7 @@ pub struct XdpProgram {
     object: Object,
     sockets: MapHandle,
     outcomes: MapHandle,
+    deadlines: MapHandle,
     /// Of the configuration in force; 0 is never one.
     generation: u16,
 }
@@ -433,6 +347,12 @@ impl XdpProgram {
             size_of::<u32>(),
             QUEUES_MAX as usize,
         )?;
+        let deadlines = map(
+            "deadlines",
+            "deadlines",
+            size_of::<u64>(),
+            QUEUES_MAX as usize,
+        )?;
         let outcomes = map("outcomes", "counters", size_of::<u64>(), Outcome::ALL.len())?;
         map(TUNNEL_SECTION, "tunnel words", size_of::<TunnelWords>(), 1)?;
         let loaded = Self {
@@ -440,6 +360,7 @@ impl XdpProgram {
             object,
             sockets,
             outcomes,
+            deadlines,
             generation: 0,
         };
         loaded.program(Buffers::One)?;
@@ -548,13 +469,25 @@ impl XdpProgram {
         }
     }
 
+    /// Lets the worker of receive queue `queue` count as moving until `deadline_ns` (CLOCK_MONOTONIC in nanoseconds).
+    /// From then on its packets are passed to the kernel. A queue for which this was never called has no deadline.
+    pub fn keep_alive(&self, queue: u32, deadline_ns: u64) -> Result<(), XdpError> {
+        if queue >= QUEUES_MAX {
+            return Err(XdpError::Queue { queue });
+        }
+        let (key, value) = (queue.to_ne_bytes(), deadline_ns.to_ne_bytes());
+        self.deadlines
+            .update(&key, &value, MapFlags::ANY)
+            .map_err(|source| refused(format!("set the deadline of queue {queue}"), source))
+    }
+
     /// What became of the frames seen so far.
     pub fn counters(&self) -> Result<XdpCounters, XdpError> {
         let mut counters = XdpCounters::default();
-        for (outcome, frames) in Outcome::ALL.into_iter().zip(&mut counters.frames) {
+        for (outcome, frames) in Outcome::ALL.iter().zip(&mut counters.frames) {
             let per_cpu = self
                 .outcomes
-                .lookup_percpu(&(outcome as u32).to_ne_bytes(), MapFlags::ANY)
+                .lookup_percpu(&(*outcome as u32).to_ne_bytes(), MapFlags::ANY)
                 .map_err(|source| refused("read the XDP counters", source))?
                 .ok_or(XdpError::Layout { what: "counters" })?;
             for bytes in per_cpu {
@@ -786,7 +719,8 @@ mod tests {
             program.run(Buffers::One, &frame, None).unwrap();
             let after = program.counters().unwrap();
             Outcome::ALL
-                .into_iter()
+                .iter()
+                .copied()
                 .find(|which| after[*which] > before[*which])
         };
         program.configure(&tunnel).unwrap();
@@ -812,7 +746,7 @@ mod tests {
             let line = format!(
                 "RIPSTOP_{} = {},",
                 outcome.name().to_uppercase(),
-                outcome as u32
+                *outcome as u32
             );
             assert!(header.contains(&line), "{line}");
         }

@@ -258,7 +258,8 @@ impl Rig {
                 .unwrap();
             let after = self.program.counters().unwrap();
             let moved: Vec<Outcome> = Outcome::ALL
-                .into_iter()
+                .iter()
+                .copied()
                 .filter(|outcome| before[*outcome] != after[*outcome])
                 .collect();
             assert_eq!(moved.len(), 1, "counters that moved: {moved:?}");
@@ -899,4 +900,19 @@ fn the_embedded_object_names_no_path_of_the_build() {
     let object = fs::read(concat!(env!("OUT_DIR"), "/ripstop.bpf.o")).unwrap();
     let source = env!("CARGO_MANIFEST_DIR").as_bytes();
     assert!(!object.windows(source.len()).any(|window| window == source));
+}
+
+#[test]
+fn the_kernel_gets_the_packets_of_a_worker_that_has_stopped() {
+    let rig = Rig::new();
+    let frame = Packet::default().bytes();
+    assert_eq!(rig.outcome(&frame), Outcome::Redirected, "no deadline yet");
+    let now = ripstop_fib::map::monotonic_ns();
+    rig.program.keep_alive(0, now - 1).unwrap();
+    assert_eq!(rig.on_queue(0, &frame), (Action::Pass, Outcome::Stalled));
+    rig.program.keep_alive(0, now + 3_600_000_000_000).unwrap();
+    assert_eq!(
+        rig.on_queue(0, &frame),
+        (Action::Redirect, Outcome::Redirected)
+    );
 }

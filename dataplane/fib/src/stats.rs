@@ -173,6 +173,8 @@ catalogue! {
         TooLong = "too_long";
         /// Not for the tunnel, left to the kernel.
         PassedOther = "passed_other";
+        /// Tunnel packet for a worker that has stopped moving, left to the kernel: look for a stopped or starved data plane.
+        Stalled = "stalled";
     }
 }
 
