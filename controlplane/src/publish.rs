@@ -167,7 +167,17 @@ impl DataPlane {
         if !alive {
             return Ok(Self::default());
         }
-        let mapping = open_stats(run_dir)?;
+        let mapping = match open_stats(run_dir) {
+            Ok(mapping) => mapping,
+            // It has just started.
+            Err(MapError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Self {
+                    alive,
+                    ..Self::default()
+                });
+            }
+            Err(error) => return Err(error),
+        };
         let path = run_dir.join(map::STATS_FILE);
         let stats =
             Stats::attach(mapping.words()).map_err(|source| MapError::Region { path, source })?;

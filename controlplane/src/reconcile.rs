@@ -62,6 +62,8 @@ const RECHECK_ALL: Duration = Duration::from_secs(5);
 /// The first wait after a failure, doubled with each further one.
 const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 const BACKOFF_MAX: Duration = Duration::from_secs(8);
+/// Time for the standby in one round; the rest follows in the next ones.
+const STANDBY_BUDGET: Duration = Duration::from_millis(50);
 /// Generations whose content is remembered: workers are at most a few behind.
 const HISTORY: usize = 16;
 /// Unresolved peers named in the state file.
@@ -200,6 +202,10 @@ pub struct Reconciler {
     links: Vec<Link>,
     underlay: Option<Underlay>,
     standby_link: u32,
+    /// The standby's budget was used up: when its work began, and what it has done.
+    standby_unfinished: bool,
+    standby_since: Option<Instant>,
+    standby_changes: usize,
     hops: NextHops,
     /// Next hops as published, to see whether they changed.
     published_macs: HashMap<Ipv4Addr, Option<Mac>>,
@@ -259,6 +265,9 @@ impl Reconciler {
             links: Vec::new(),
             underlay: None,
             standby_link: 0,
+            standby_unfinished: false,
+            standby_since: None,
+            standby_changes: 0,
             hops: NextHops::default(),
             published_macs: HashMap::new(),
             history: VecDeque::from([(generation, resolved)]),
@@ -292,7 +301,12 @@ impl Reconciler {
         let awaiting = self.data_plane.is_forwarding()
             && self.data_plane.generation < self.current_generation()
             && self.published_at.elapsed() < AWAITING_MAX;
-        if awaiting { TICK_AWAITING } else { TICK }
+        let unfinished = self.standby_unfinished && self.steps.standby.is_ready(Instant::now());
+        match (unfinished, awaiting) {
+            (true, _) => Duration::ZERO,
+            (false, true) => TICK_AWAITING,
+            (false, false) => TICK,
+        }
     }
 
     fn current_generation(&self) -> u64 {
@@ -380,6 +394,21 @@ impl Reconciler {
 
     /// One look at everything that is due.
     fn round(&mut self, now: Instant) {
+        let worked = self.all_steps().iter().any(|step| step.is_ready(now));
+        self.look(now);
+        let problems = self.problems();
+        if worked || problems != self.state.problems {
+            self.write_state(problems);
+        }
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let mut problems = self.problems.list();
+        problems.extend(self.filter.problem());
+        problems
+    }
+
+    fn look(&mut self, now: Instant) {
         if now.duration_since(self.last_recheck) >= RECHECK_ALL {
             self.last_recheck = now;
             self.mark(Dirty::ALL);
@@ -398,7 +427,6 @@ impl Reconciler {
         }
         self.observe_data_plane(now);
         let (Some(leases), Some(underlay)) = (self.leases.clone(), self.underlay.clone()) else {
-            self.write_state();
             return;
         };
         macro_rules! step {
@@ -423,10 +451,11 @@ impl Reconciler {
         }
         step!(publish, self.publish(&leases, &underlay));
         step!(standby, self.keep_standby(&leases, &underlay));
-        self.filter.set(Filter::new(&leases, &self.settings.conf));
+        if self.standby_unfinished {
+            self.steps.standby.wake();
+        }
         self.observe_data_plane(now);
         step!(detour, self.keep_detour(&leases, &underlay, |_| true));
-        self.write_state();
     }
 
     /// Chooses the interface, and with it puts a new lease set into force: one whose own lease fits no interface
@@ -480,6 +509,7 @@ impl Reconciler {
             self.steps.standby.wake();
         }
         if let Some(pending) = self.pending.take() {
+            self.filter.set(Filter::new(&pending, &self.settings.conf));
             self.leases = Some(pending);
             for step in self.all_steps() {
                 step.wake();
@@ -573,22 +603,31 @@ impl Reconciler {
 
     fn keep_standby(&mut self, leases: &LeaseSet, underlay: &Underlay) -> Result<(), StepError> {
         let desired = standby::Desired::new(leases, &self.settings.conf, underlay);
-        let start = Instant::now();
-        let (link, outcome) = standby::reconcile(&mut self.netlink, &desired)?;
+        let start = self.standby_since.take().unwrap_or_else(Instant::now);
+        let (link, outcome) = standby::reconcile(&mut self.netlink, &desired, STANDBY_BUDGET)?;
         self.standby_link = link;
         standby::reconcile_sysctls(&desired.name);
+        self.standby_changes += outcome.peers.changed;
         if outcome.changed() {
-            tracing::info!(
-                device = desired.name,
-                changes = ?outcome.device_changes,
-                entries = outcome.entries_changed,
-                took_us = start.elapsed().as_micros(),
-                "standby path set"
-            );
             // Routes through rip0 name the device's address as their source; it may have been away.
             self.steps.detour.wake();
         }
-        refusals(outcome.refused)
+        if !outcome.device_changes.is_empty() {
+            tracing::info!(device = desired.name, changes = ?outcome.device_changes, "standby device set");
+        }
+        self.standby_unfinished = outcome.peers.remaining > 0;
+        if self.standby_unfinished {
+            self.standby_since = Some(start);
+        } else if self.standby_changes > 0 {
+            let entries = core::mem::take(&mut self.standby_changes);
+            tracing::info!(
+                device = desired.name,
+                entries,
+                took_us = start.elapsed().as_micros(),
+                "standby path set"
+            );
+        }
+        refusals(outcome.peers.refused)
     }
 
     fn observe_data_plane(&mut self, now: Instant) {
@@ -692,9 +731,7 @@ impl Reconciler {
         refusals(refused)
     }
 
-    fn write_state(&mut self) {
-        let mut problems = self.problems.list();
-        problems.extend(self.filter.problem());
+    fn write_state(&mut self, problems: Vec<String>) {
         let unresolved = self
             .leases
             .iter()

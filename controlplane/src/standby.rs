@@ -11,6 +11,8 @@
 //! stale, can be told from an operator's. Routes of exactly flannel's shape on the same device are taken over.
 
 use core::net::Ipv4Addr;
+use core::time::Duration;
+use std::time::Instant;
 
 use hashbrown::{HashMap, HashSet};
 use ipnet::Ipv4Net;
@@ -393,21 +395,30 @@ pub fn peer_ops(peers: &[Peer], link: u32, actual: &Actual) -> Vec<PeerOp> {
     ops
 }
 
+/// What was done to the entries on the device.
+#[derive(Debug, Default)]
+pub struct PeerOutcome {
+    /// Entries changed.
+    pub changed: usize,
+    /// Entries that the kernel refused, explained.
+    pub refused: Vec<String>,
+    /// Changes that the budget left for the next time.
+    pub remaining: usize,
+}
+
 /// What a round did.
 #[derive(Debug, Default)]
 pub struct Outcome {
     /// Changes to the device.
     pub device_changes: Vec<DeviceOp>,
-    /// Number of entries changed.
-    pub entries_changed: usize,
-    /// Entries that the kernel refused, explained.
-    pub refused: Vec<String>,
+    /// Changes to the entries on it.
+    pub peers: PeerOutcome,
 }
 
 impl Outcome {
     /// Something was not as it should be.
     pub fn changed(&self) -> bool {
-        !self.device_changes.is_empty() || self.entries_changed > 0
+        !self.device_changes.is_empty() || self.peers.changed > 0
     }
 }
 
@@ -488,36 +499,57 @@ pub fn reconcile_device(
     })
 }
 
-/// Brings the entries on the device with index `link` to the desired state.
+/// Requests made between two looks at the clock.
+const SLICE: usize = 1024;
+
+/// Brings the entries on the device with index `link` to the desired state, as far as `budget` allows.
+///
+/// The kernel keeps routes that differ only in their gateway in one hash chain (net/ipv4/fib_semantics.c,
+/// `fib_info_hashfn_1`), so the first programming of 15,000 peers takes it seconds. Others must not wait that long.
 pub fn reconcile_peers(
     netlink: &mut Netlink,
     desired: &Desired,
     link: u32,
-) -> Result<(usize, Vec<String>), NetlinkError> {
+    budget: Duration,
+) -> Result<PeerOutcome, NetlinkError> {
+    let start = Instant::now();
     let ops = peer_ops(&desired.peers, link, &Actual::read(netlink, link)?);
-    if ops.is_empty() {
-        return Ok((0, Vec::new()));
+    let mut outcome = PeerOutcome {
+        remaining: ops.len(),
+        ..PeerOutcome::default()
+    };
+    for slice in ops.chunks(SLICE) {
+        let requests: Vec<Request> = slice.iter().map(|op| op.request(link)).collect();
+        let failures = netlink.execute(&requests)?;
+        outcome.remaining -= slice.len();
+        outcome.changed += slice.len() - failures.len();
+        let refused = failures
+            .iter()
+            .filter(|failure| !slice[failure.index].is_fulfilled_by(&failure.refusal));
+        outcome.refused.extend(
+            refused.map(|failure| format!("{}: {}", slice[failure.index], failure.refusal)),
+        );
+        if start.elapsed() >= budget {
+            break;
+        }
     }
-    let requests: Vec<Request> = ops.iter().map(|op| op.request(link)).collect();
-    let failures = netlink.execute(&requests)?;
-    let refused: Vec<String> = failures
-        .iter()
-        .filter(|failure| !ops[failure.index].is_fulfilled_by(&failure.refusal))
-        .map(|failure| format!("{}: {}", ops[failure.index], failure.refusal))
-        .collect();
-    Ok((ops.len() - refused.len(), refused))
+    Ok(outcome)
 }
 
-/// Brings the kernel to the desired state; does nothing where it is there already.
-pub fn reconcile(netlink: &mut Netlink, desired: &Desired) -> Result<(u32, Outcome), StandbyError> {
+/// Brings the kernel to the desired state, as far as `budget` allows; does nothing where it is there already. Returns
+/// the index of the device.
+pub fn reconcile(
+    netlink: &mut Netlink,
+    desired: &Desired,
+    budget: Duration,
+) -> Result<(u32, Outcome), StandbyError> {
     let (link, device_changes) = reconcile_device(netlink, desired)?;
-    let (entries_changed, refused) = reconcile_peers(netlink, desired, link)?;
+    let peers = reconcile_peers(netlink, desired, link, budget)?;
     Ok((
         link,
         Outcome {
             device_changes,
-            entries_changed,
-            refused,
+            peers,
         },
     ))
 }

@@ -6,7 +6,9 @@ use ripstop_controlplane::lease::file;
 use ripstop_controlplane::netconf::NetConf;
 
 fn config(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../configs")
+        .join(name)
 }
 
 #[test]

@@ -4,12 +4,14 @@
 //!   outside (peer0: 10.199.0.2, .3, .99) ── veth ── node (eth0: 10.199.0.1, .50; flannel.1: 10.244.1.0)
 //!   UDP payload = VXLAN | Ethernet | IPv4 | UDP ──────────► a socket on 10.244.1.0
 //! ```
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
+use core::net::Ipv4Addr;
 use core::time::Duration;
 use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::UdpSocket;
 use std::time::Instant;
 
 use common::{Namespace, eventually, leases, netconf, underlay};
@@ -101,7 +103,7 @@ fn lab() -> Lab {
     }
     let desired = Desired::new(&leases(1, &[2, 3]), &netconf(), &underlay(&node, 1));
     let receiver = node.enter(|| {
-        standby::reconcile(&mut Netlink::open().unwrap(), &desired).unwrap();
+        standby::reconcile(&mut Netlink::open().unwrap(), &desired, Duration::MAX).unwrap();
         let receiver = UdpSocket::bind(("0.0.0.0", PORT)).unwrap();
         receiver
             .set_read_timeout(Some(Duration::from_millis(300)))

@@ -1,4 +1,5 @@
 //! The control plane as a process, against a data plane that is played by the test. Needs root.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
@@ -762,15 +763,20 @@ fn fifteen_thousand_leases_take_effect() {
     let conf = r#"{"Network":"10.0.0.0/9","Backend":{"Type":"vxlan"}}"#;
     std::fs::write(node.directory.path().join("net-conf.json"), conf).unwrap();
     node.outside.ip("addr add 10.199.0.254/24 dev peer0");
-    node.namespace.ip("route add 172.16.0.0/16 via 10.199.0.254");
-    let own = Lease { subnet: "10.127.0.0/24".parse().unwrap(), ..lease(1) };
+    node.namespace
+        .ip("route add 172.16.0.0/16 via 10.199.0.254");
+    let own = Lease {
+        subnet: "10.127.0.0/24".parse().unwrap(),
+        ..lease(1)
+    };
     let mut all: Vec<Lease> = (0..15_000u32)
         .map(|i| {
             let [_, _, high, low] = i.to_be_bytes();
             Lease {
                 node: format!("node-{i:05}"),
                 public_ip: core::net::Ipv4Addr::from(0xac10_0000 + i),
-                subnet: ipnet::Ipv4Net::new(core::net::Ipv4Addr::from(0x0a00_0000 + (i << 8)), 24).unwrap(),
+                subnet: ipnet::Ipv4Net::new(core::net::Ipv4Addr::from(0x0a00_0000 + (i << 8)), 24)
+                    .unwrap(),
                 vtep_mac: ripstop_controlplane::mac::Mac([2, 0x52, 0x54, 0, high, low]),
             }
         })
@@ -782,21 +788,31 @@ fn fifteen_thousand_leases_take_effect() {
     let resolved = |wanted: usize| {
         eventually("all are resolved", || {
             let (generation, leases) = node.fib()?;
-            let resolved = leases.iter().filter(|lease| lease.resolved && !lease.local).count();
+            let resolved = leases
+                .iter()
+                .filter(|lease| lease.resolved && !lease.local)
+                .count();
             (resolved == wanted).then_some(generation)
         })
         .0
     };
     resolved(15_000);
-    println!("15,000 leases: started to published, resolved: {:?}", start.elapsed());
+    println!(
+        "15,000 leases: started to published, resolved: {:?}",
+        start.elapsed()
+    );
     let routes = |arguments: &str| {
         let output = node.namespace.try_command("ip", arguments);
         String::from_utf8_lossy(&output.stdout).lines().count()
     };
-    eventually("the standby is programmed", || (routes("route show dev flannel.1") == 15_000).then_some(()));
+    eventually("the standby is programmed", || {
+        (routes("route show dev flannel.1") == 15_000).then_some(())
+    });
     println!("standby programmed: {:?}", start.elapsed());
     let _data_plane = FakeDataPlane::start(&node);
-    eventually("the detour is programmed", || (routes("route show table 21097") == 15_000).then_some(()));
+    eventually("the detour is programmed", || {
+        (routes("route show table 21097") == 15_000).then_some(())
+    });
     println!("detour programmed: {:?}", start.elapsed());
     // One lease goes.
     let start = Instant::now();
@@ -804,7 +820,9 @@ fn fifteen_thousand_leases_take_effect() {
     node.write_leases(&all);
     resolved(14_999);
     println!("one lease removed, published: {:?}", start.elapsed());
-    eventually("the standby follows", || (routes("route show dev flannel.1") == 14_999).then_some(()));
+    eventually("the standby follows", || {
+        (routes("route show dev flannel.1") == 14_999).then_some(())
+    });
     println!("one lease removed, standby followed: {:?}", start.elapsed());
     std::thread::sleep(Duration::from_secs(6));
     process.signal(libc::SIGTERM);

@@ -1,9 +1,11 @@
 //! The standby path on a real kernel, in namespaces of the test's own. Needs root.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
 use core::fmt::Write as _;
 use core::net::Ipv4Addr;
+use core::time::Duration;
 use std::process::Command;
 use std::time::Instant;
 
@@ -16,7 +18,8 @@ use ripstop_controlplane::standby::{self, Actual, Desired, DeviceOp, Outcome};
 fn reconcile(namespace: &Namespace, leases: &LeaseSet) -> Outcome {
     let desired = Desired::new(leases, &netconf(), &underlay(namespace, 1));
     namespace.enter(|| {
-        let (_, outcome) = standby::reconcile(&mut Netlink::open().unwrap(), &desired).unwrap();
+        let (_, outcome) =
+            standby::reconcile(&mut Netlink::open().unwrap(), &desired, Duration::MAX).unwrap();
         standby::reconcile_sysctls(&desired.name);
         outcome
     })
@@ -25,7 +28,7 @@ fn reconcile(namespace: &Namespace, leases: &LeaseSet) -> Outcome {
 fn settled(namespace: &Namespace, leases: &LeaseSet) {
     let outcome = reconcile(namespace, leases);
     assert!(
-        !outcome.changed() && outcome.refused.is_empty(),
+        !outcome.changed() && outcome.peers.refused.is_empty(),
         "{outcome:?}"
     );
 }
@@ -35,7 +38,7 @@ fn the_state_is_flannels() {
     let (node, _outside) = Namespace::node(1);
     let set = leases(1, &[2]);
     let outcome = reconcile(&node, &set);
-    assert_eq!(outcome.refused, Vec::<String>::new());
+    assert_eq!(outcome.peers.refused, Vec::<String>::new());
     settled(&node, &set);
 
     let device = node.ip("-d addr show flannel.1");
@@ -112,7 +115,7 @@ fn what_others_delete_or_change_is_put_back() {
             outcome.changed() || damage.contains("flush"),
             "{damage} was not noticed"
         );
-        assert_eq!(outcome.refused, Vec::<String>::new(), "{damage}");
+        assert_eq!(outcome.peers.refused, Vec::<String>::new(), "{damage}");
         assert_eq!(state(), before, "{damage}");
         settled(&node, &set);
     }
@@ -121,7 +124,7 @@ fn what_others_delete_or_change_is_put_back() {
         "fdb replace 02:52:53:00:00:02 dev flannel.1 dst 10.199.0.99 self permanent",
     ] {
         node.command("bridge", damage);
-        assert_eq!(reconcile(&node, &set).entries_changed, 1, "{damage}");
+        assert_eq!(reconcile(&node, &set).peers.changed, 1, "{damage}");
         settled(&node, &set);
     }
     for damage in [
@@ -138,7 +141,7 @@ fn what_others_delete_or_change_is_put_back() {
             "{damage}: {outcome:?}"
         );
         assert_eq!(
-            outcome.entries_changed, 6,
+            outcome.peers.changed, 6,
             "{damage}: all peers are programmed anew"
         );
         settled(&node, &set);
@@ -153,7 +156,7 @@ fn leases_that_change_leave_nothing_behind() {
     changed.peers[0].vtep_mac = Mac([2, 0x52, 0x53, 0, 0, 0xee]);
     changed.peers[1].public_ip = Ipv4Addr::new(10, 199, 0, 33);
     let outcome = reconcile(&node, &changed);
-    assert_eq!(outcome.refused, Vec::<String>::new());
+    assert_eq!(outcome.peers.refused, Vec::<String>::new());
     let mut fdb: Vec<_> = node
         .command("bridge", "fdb show dev flannel.1")
         .lines()
@@ -226,7 +229,7 @@ fn what_flannel_made_is_adopted() {
     node.ip("route add 192.168.8.0/24 via 10.199.0.2 proto boot");
     let outcome = reconcile(&node, &leases(1, &[2]));
     assert_eq!(outcome.device_changes, []);
-    assert_eq!(outcome.refused, Vec::<String>::new());
+    assert_eq!(outcome.peers.refused, Vec::<String>::new());
     assert_eq!(
         node.ip("-o link show flannel.1").split(':').next().unwrap(),
         index,
@@ -254,7 +257,7 @@ fn one_bad_entry_does_not_stop_the_others() {
     // The kernel refuses a route whose next hop is our own address.
     set.peers[0].subnet = "10.244.1.0/24".parse().unwrap();
     let outcome = reconcile(&node, &set);
-    assert!(!outcome.refused.is_empty(), "{outcome:?}");
+    assert!(!outcome.peers.refused.is_empty(), "{outcome:?}");
     assert!(
         node.ip("route")
             .contains("10.244.3.0/24 via 10.244.3.0 dev flannel.1")
@@ -266,8 +269,9 @@ fn a_device_of_another_program_with_our_vni_is_named() {
     let (node, _outside) = Namespace::node(1);
     node.ip("link add vx9 type vxlan id 1 dev eth0 dstport 8472 local 10.199.0.1");
     let desired = Desired::new(&leases(1, &[2]), &netconf(), &underlay(&node, 1));
-    let error =
-        node.enter(|| standby::reconcile(&mut Netlink::open().unwrap(), &desired).unwrap_err());
+    let error = node.enter(|| {
+        standby::reconcile(&mut Netlink::open().unwrap(), &desired, Duration::MAX).unwrap_err()
+    });
     let text = error.to_string();
     assert!(text.contains("flannel.1") && text.contains("VNI"), "{text}");
 }
@@ -294,10 +298,10 @@ fn fifteen_thousand_peers_are_programmed() {
     node.enter(|| {
         let mut netlink = Netlink::open().unwrap();
         let start = Instant::now();
-        let (link, outcome) = standby::reconcile(&mut netlink, &desired).unwrap();
+        let (link, outcome) = standby::reconcile(&mut netlink, &desired, Duration::MAX).unwrap();
         println!("15,000 peers programmed in {:?}", start.elapsed());
-        assert_eq!(outcome.refused, Vec::<String>::new());
-        assert_eq!(outcome.entries_changed, 45_000);
+        assert_eq!(outcome.peers.refused, Vec::<String>::new());
+        assert_eq!(outcome.peers.changed, 45_000);
         let start = Instant::now();
         let actual = Actual::read(&mut netlink, link).unwrap();
         println!("and read back in {:?}", start.elapsed());

@@ -1,4 +1,5 @@
 //! Network namespaces for tests that need a kernel of their own to work on. They need root.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![expect(unsafe_code, reason = "setns(2) has no safe interface in std")]
 #![expect(dead_code, reason = "every test binary uses its own part")]
 
