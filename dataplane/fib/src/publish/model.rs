@@ -87,26 +87,28 @@ impl Shared {
 }
 
 impl Shared {
-    /// The watcher: follows `current` with one pin, checks, passes on, and keeps the image with the other pin.
+    /// The watcher: follows `current` with one pin, checks, passes on, and lets go of the image before.
     fn watch(&self, rounds: usize) {
         let mut checking = Reader::new(self.region(), &self.pins[0]);
-        let mut keeping = Reader::new(self.region(), &self.pins[1]);
+        let mut accepted = Reader::new(self.region(), &self.pins[1]);
         for _ in 0..rounds {
-            self.check_and_pass_on(&mut checking);
-            keeping.follow(&self.accepted);
+            if self.check_and_pass_on(&mut checking, accepted.pinned()) {
+                core::mem::swap(&mut checking, &mut accepted);
+                checking.unpin();
+            }
         }
     }
 
-    fn check_and_pass_on(&self, checking: &mut Reader<'_>) {
-        let before = checking.pinned();
+    fn check_and_pass_on(&self, checking: &mut Reader<'_>, accepted: ImageRef) -> bool {
         self.follow_and_check(checking, self.region().current());
-        if checking.pinned() == ImageRef(0) || checking.pinned() == before {
-            return;
+        if checking.pinned() == ImageRef(0) || checking.pinned() == accepted {
+            return false;
         }
         let note = &self.notes[place(checking)];
         // SAFETY: the pointer is valid; nobody reads the note before the image has been passed on.
         note.with_mut(|note| unsafe { *note = checking.pinned().0 });
         checking.pass_on(&self.accepted);
+        true
     }
 
     /// A worker: follows what the watcher passes on.
@@ -176,7 +178,8 @@ fn a_worker_uses_only_what_the_watcher_has_checked() {
         let shared = Shared::new();
         shared.publish(&mut Publisher::adopt(shared.region()));
         let watching = spawn(&shared, |shared| {
-            shared.check_and_pass_on(&mut Reader::new(shared.region(), &shared.pins[0]));
+            let mut checking = Reader::new(shared.region(), &shared.pins[0]);
+            shared.check_and_pass_on(&mut checking, ImageRef(0));
         });
         shared.work(1);
         watching.join().unwrap();
