@@ -1,0 +1,83 @@
+# Two commands for everybody: `make demo` and `make test`, both as root. `make help` lists the rest.
+
+CARGO ?= cargo
+# The tools that `deep` needs beside the nightly toolchain are kept with the build.
+TOOLS := $(CURDIR)/target/tools
+FUZZ_SECONDS ?= 60
+
+# What building (first line) and running the lab (second line) takes on Debian 12 and 13.
+PACKAGES := gcc libc6-dev clang make pkg-config libelf-dev zlib1g-dev \
+            iproute2 ethtool nftables iputils-ping procps util-linux
+
+.PHONY: help demo test bench lint deep setup root build fuzz loom miri mutations
+
+help:
+	@echo 'make demo    a cluster of four nodes in network namespaces, traffic, and a kill of each process'
+	@echo 'make test    everything that CI runs on every change: format, lints, documents, all tests'
+	@echo 'make bench   what a packet costs, and what a table of 15,000 leases costs'
+	@echo 'make lint    format, lints and documents alone'
+	@echo 'make deep    Miri, loom, weakened orderings that must be caught, fuzzing (nightly toolchain)'
+	@echo 'make setup   installs the Debian packages that the others need; they call it themselves'
+
+root:
+	@test "$$(id -u)" = 0 || { echo 'Run it as root: network namespaces, BPF and AF_XDP need that.' >&2; exit 1; }
+
+setup:
+	@missing=$$(dpkg-query -W -f='$${Package} $${db:Status-Status}\n' $(PACKAGES) 2>/dev/null | \
+	    awk '$$2 == "installed" { print $$1 }' | sort | comm -13 - <(printf '%s\n' $(PACKAGES) | sort)); \
+	if [ -n "$$missing" ]; then \
+	    echo "installing Debian packages:" $$missing; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
+	fi
+
+setup: SHELL := bash
+
+build: setup
+	$(CARGO) build --workspace --bins
+
+demo: root setup
+	$(CARGO) build --release --workspace --bins
+	target/release/ripstop-perf demo
+
+lint: setup
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --quiet
+
+# The lab starts the programs as processes, so they are built first.
+test: root lint build
+	$(CARGO) test --workspace
+
+bench: setup
+	$(CARGO) bench --workspace --benches
+
+deep: setup miri loom mutations fuzz
+
+nightly:
+	@rustup run nightly rustc --version >/dev/null 2>&1 || \
+	    { echo 'make deep needs the nightly toolchain: rustup toolchain install nightly' >&2; exit 1; }
+	@rustup run nightly cargo miri --version >/dev/null 2>&1 || rustup component add --toolchain nightly miri rust-src
+.PHONY: nightly
+
+miri: nightly
+	MIRIFLAGS='-Zmiri-disable-isolation' $(CARGO) +nightly miri test -p af-xdp --lib ring
+	MIRIFLAGS='-Zmiri-disable-isolation' $(CARGO) +nightly miri test -p ripstop-fib --no-default-features
+
+loom: setup
+	RUSTFLAGS='--cfg loom' $(CARGO) test -p af-xdp --lib loom
+	RUSTFLAGS='--cfg loom' $(CARGO) test -p ripstop-fib --no-default-features --lib
+
+# Weakens each memory ordering in turn and demands that loom or Miri notices.
+mutations: nightly
+	dataplane/af-xdp/mutations.sh
+	dataplane/fib/mutations.sh
+
+$(TOOLS)/bin/cargo-fuzz:
+	$(CARGO) install --quiet --locked --root $(TOOLS) cargo-fuzz
+
+fuzz: nightly $(TOOLS)/bin/cargo-fuzz
+	for target in fib_image forward; do \
+	    (cd dataplane && PATH=$(TOOLS)/bin:$$PATH $(CARGO) +nightly fuzz run $$target -- \
+	        -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1) || exit 1; done
+	cd controlplane && PATH=$(TOOLS)/bin:$$PATH $(CARGO) +nightly fuzz run lease_file -- \
+	    -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
