@@ -570,7 +570,7 @@ fn outgoing() -> Inner {
 #[test]
 fn a_packet_for_a_peer_gets_the_header_of_a_kernel_vxlan_device() {
     for payload in [0, 1, 100, 1422] {
-        for ecn in 0..4 {
+        for (ecn, outer_ecn) in [(0, 0), (1, 1), (2, 2), (3, 2)] {
             let packet = Inner {
                 payload,
                 tos: 0xb8 | ecn,
@@ -590,7 +590,7 @@ fn a_packet_for_a_peer_gets_the_header_of_a_kernel_vxlan_device() {
                 (ip.ttl(), ip.identification(), ip.dont_fragment()),
                 (64, 77, false)
             );
-            assert_eq!((ip.dcp().value(), ip.ecn().value()), (0, ecn));
+            assert_eq!((ip.dcp().value(), ip.ecn().value()), (0, outer_ecn));
             assert_eq!(
                 (ip.source(), ip.destination()),
                 ([10, 199, 0, 11], [10, 199, 0, 12])

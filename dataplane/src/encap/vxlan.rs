@@ -184,7 +184,7 @@ fn ecn_after_decapsulation(inner_tos: u8, outer_tos: u8) -> Result<u8, DropReaso
 
 /// Fills a header template in for one packet: lengths, identification, ECN, checksum, source port.
 ///
-/// ECN is copied to the outer header (RFC 6040 section 4.1, normal mode); DSCP stays zero, as flannel has it.
+/// DSCP stays zero, as flannel has it; ECN goes to the outer header as the kernel puts it there, see [`outer_ecn`].
 #[inline]
 pub(crate) fn encapsulate(
     template: &[u64; 8],
@@ -199,7 +199,7 @@ pub(crate) fn encapsulate(
     }
     let udp_len = length(packet.len() + UDP_LEN + VXLAN_LEN + ETHERNET_LEN);
     let total_len = length(packet.len() + INNER_IP - OUTER_IP);
-    let ecn = ip[1] & ECN_MASK;
+    let ecn = outer_ecn(ip[1]);
     let prepared = wire::be16(&header, OUTER_IP + 10);
     let sum =
         u32::from(prepared) + u32::from(total_len) + u32::from(identification) + u32::from(ecn);
@@ -211,6 +211,17 @@ pub(crate) fn encapsulate(
     header[OUTER_UDP..OUTER_UDP + 2].copy_from_slice(&port.to_be_bytes());
     header[OUTER_UDP + 4..OUTER_UDP + 6].copy_from_slice(&udp_len.to_be_bytes());
     header
+}
+
+/// The outer ECN field: the inner one, but a mark that is inside already shows outside only as the ability to be marked
+/// (RFC 3168 section 9.1.1, full functionality). RFC 6040 would copy the mark; the kernel's device does not, and the
+/// receiver makes the same of both.
+#[inline]
+fn outer_ecn(inner_tos: u8) -> u8 {
+    match inner_tos & ECN_MASK {
+        CE => ECT0,
+        ecn => ecn,
+    }
 }
 
 /// A length field. `Table::new` bounds the pod MTU so that no packet with its headers is longer than 65535 bytes.
