@@ -44,6 +44,8 @@ const HEARTBEAT_MAX_NS: u64 = 500_000_000;
 const BELIEF_NS: u64 = 1_000_000_000;
 /// Looks between two publications of the kernel's statistics: every 100 ms.
 const STATISTICS_LOOKS: u32 = 50;
+/// How long the control plane gets to lead traffic away from workers that will stop: it looks every 100 ms.
+const WITHDRAW: Duration = Duration::from_millis(250);
 /// How long packets that are on their way through the workers get before the workers stop.
 const DRAIN: Duration = Duration::from_millis(50);
 
@@ -155,7 +157,7 @@ pub fn check(config_dir: &Path) -> Result<(Vec<WorkerConfig>, HostFacts), HostEr
 /// When it cannot be set up, or has to stop because a NIC is gone.
 pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> {
     let (workers, facts) = check(&options.config_dir)?;
-    let _lock = ProcessLock::acquire(&options.run_dir, map::DATAPLANE_LOCK)?;
+    let lock = ProcessLock::acquire(&options.run_dir, map::DATAPLANE_LOCK)?;
     let regions = Regions::open(&options.run_dir)?;
     let mut nics = attach_programs(&workers, &facts)?;
     let doors = tun::open(workers.len())?;
@@ -175,7 +177,10 @@ pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> 
     );
 
     let outcome = watch(regions, &mut nics, &running, signals);
-    shut_down(&mut nics, running, &stop);
+    shut_down(regions.stats, &mut nics, running, &stop);
+    // With the lock gone nobody takes these workers for living ones, and their last counters can be read.
+    drop(lock);
+    regions.stats.announce(workers.len(), nics.len());
     outcome
 }
 
@@ -533,12 +538,23 @@ fn publish_statistics(
 }
 
 /// Hands the traffic back to the kernel, then lets the workers finish what they have.
-fn shut_down(nics: &mut BTreeMap<String, AttachedNic>, running: Vec<Running>, stop: &AtomicBool) {
+///
+/// The kernel drops what is routed to a device between taking it down and withdrawing its routes, which is some
+/// milliseconds. So the control plane gets the time to withdraw them first: it sees that there are no workers. If it
+/// is dead, those milliseconds are lost.
+fn shut_down(
+    stats: Stats<'_>,
+    nics: &mut BTreeMap<String, AttachedNic>,
+    running: Vec<Running>,
+    stop: &AtomicBool,
+) {
+    stats.announce(0, nics.len());
     for attached in nics.values_mut() {
         if let Err(error) = attached.program.disable() {
             tracing::warn!(%error, "the XDP program could not be switched off; it goes with the process");
         }
     }
+    std::thread::sleep(WITHDRAW);
     if let Err(error) = tun::take_down() {
         tracing::warn!(%error, "{} could not be taken down; it goes with the process", tun::HOST_DOOR);
     }
