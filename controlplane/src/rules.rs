@@ -4,7 +4,7 @@
 //! checks by nftables, in a table of our own:
 //!
 //! - `standby` (hook input, behind defragmentation): a datagram to the tunnel's port must be addressed to our public
-//!   address, carry our VNI and IPv4, and come from a pair of outer and inner source that is in the set `peers`.
+//!   address, carry our VNI and IPv4 from a single sender, and come from a pair of outer and inner source that is in the set `peers`.
 //! - `decapsulated` (hook prerouting): what comes out of the device must be addressed to our own subnet.
 //!
 //! A rule whose packet is too short to be looked at does not match, so the chain ends with the drop and not with the
@@ -44,7 +44,7 @@ pub struct FilterCounter {
 }
 
 /// All counters, in the order of the checks.
-pub const COUNTERS: [FilterCounter; 7] = [
+pub const COUNTERS: [FilterCounter; 8] = [
     FilterCounter {
         name: "standby_outer_destination",
         explanation: "The kernel's path received a tunnel packet for another of this node's addresses than its public IP.",
@@ -60,6 +60,10 @@ pub const COUNTERS: [FilterCounter; 7] = [
     FilterCounter {
         name: "standby_vxlan_vni",
         explanation: "The kernel's path received a tunnel packet of another VNI: another overlay on our port.",
+    },
+    FilterCounter {
+        name: "standby_inner_source_mac",
+        explanation: "The kernel's path received a tunnel packet whose inner frame comes from a group address.",
     },
     FilterCounter {
         name: "standby_inner_ether_type",
@@ -150,6 +154,7 @@ impl Filter {
             too_short,
             flags,
             wrong_vni,
+            from_group,
             not_ipv4,
             unknown,
             not_local,
@@ -162,6 +167,7 @@ ip daddr != {public_ip} {other_address}
 udp length < 50 {too_short}
 @th,64,8 != 0x08 {flags}
 @th,96,24 != {vni} {wrong_vni}
+@th,183,1 1 {from_group}
 @th,224,16 != 0x0800 {not_ipv4}
 ip saddr . @th,336,32 @peers return
 {unknown}

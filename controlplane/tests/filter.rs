@@ -28,6 +28,7 @@ struct Packet {
     outer_destination: &'static str,
     flags: u8,
     vni: u32,
+    mac_source: [u8; 6],
     ether_type: u16,
     inner_source: &'static str,
     inner_destination: &'static str,
@@ -41,6 +42,7 @@ const GOOD: Packet = Packet {
     outer_destination: "10.199.0.1",
     flags: 0x08,
     vni: 1,
+    mac_source: [2, 0x52, 0x53, 0, 0, 2],
     ether_type: 0x0800,
     inner_source: "10.244.2.5",
     inner_destination: "10.244.1.0",
@@ -61,7 +63,8 @@ impl Packet {
     fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![self.flags, 0, 0, 0];
         bytes.extend((self.vni << 8).to_be_bytes());
-        bytes.extend([2, 0x52, 0x53, 0, 0, 1, 2, 0x52, 0x53, 0, 0, 2]);
+        bytes.extend([2, 0x52, 0x53, 0, 0, 1]);
+        bytes.extend(self.mac_source);
         bytes.extend(self.ether_type.to_be_bytes());
         let length = u16::try_from(28 + self.payload).unwrap().to_be_bytes();
         let mut ip = vec![0x45, 0, length[0], length[1], 0, 0, 0, 0, 63, 17, 0, 0];
@@ -243,6 +246,13 @@ fn only_peers_get_into_the_kernels_tunnel() {
                 ..GOOD
             },
             "standby_vxlan_flags",
+        ),
+        (
+            Packet {
+                mac_source: [1, 0, 0x5e, 0, 0, 1],
+                ..GOOD
+            },
+            "standby_inner_source_mac",
         ),
         (
             Packet {
