@@ -78,36 +78,42 @@ pub(crate) fn xdp(workers: &Workers, outcome: XdpCounter) -> u64 {
         .sum()
 }
 
-/// All packets that did not go on, or were left to the kernel, by reason; reasons that did not occur are left out.
-/// What is not for the tunnel at all does not count.
-pub(crate) fn refusals(workers: &Workers) -> BTreeMap<&'static str, u64> {
+/// All packets that did not go on, or were left to the kernel, by place and reason; reasons that did not occur are left
+/// out. What is not for the tunnel at all does not count.
+pub(crate) fn refusals(workers: &Workers) -> BTreeMap<String, u64> {
     let drops = DropReason::ALL.iter().map(|reason| {
         let of_workers = workers.workers.iter();
-        (
-            reason.name(),
-            of_workers
-                .map(|worker| worker.counters.drops[reason.index()])
-                .sum(),
-        )
+        let count = of_workers
+            .map(|worker| worker.counters.drops[reason.index()])
+            .sum();
+        (by_worker(*reason), count)
     });
     let outcomes = XdpCounter::ALL
         .iter()
         .filter(|outcome| !matches!(outcome, XdpCounter::Redirected | XdpCounter::PassedOther))
-        .map(|outcome| (outcome.name(), xdp(workers, *outcome)));
+        .map(|outcome| (by_xdp(*outcome), xdp(workers, *outcome)));
     drops
         .chain(outcomes)
         .filter(|(_, count)| *count > 0)
         .collect()
 }
 
+/// The name of a worker's reason in [`refusals`]; the XDP program has reasons of the same names.
+pub(crate) fn by_worker(reason: DropReason) -> String {
+    format!("worker: {}", reason.name())
+}
+
+/// The name of an outcome of the XDP program in [`refusals`].
+pub(crate) fn by_xdp(outcome: XdpCounter) -> String {
+    format!("xdp: {}", outcome.name())
+}
+
 /// The refusals that came after `before`.
-pub(crate) fn refused_since(now: &Workers, before: &Workers) -> BTreeMap<&'static str, u64> {
+pub(crate) fn refused_since(now: &Workers, before: &Workers) -> BTreeMap<String, u64> {
     let before = refusals(before);
     let grown = refusals(now).into_iter().map(|(reason, count)| {
-        (
-            reason,
-            count - before.get(reason).copied().unwrap_or_default(),
-        )
+        let earlier = before.get(&reason).copied().unwrap_or_default();
+        (reason, count - earlier)
     });
     grown.filter(|(_, count)| *count > 0).collect()
 }
