@@ -34,3 +34,32 @@ pub mod table;
 
 /// Where the shared regions are unless the operator says otherwise.
 pub const DEFAULT_RUN_DIR: &str = "/run/ripstop";
+
+/// An error with its causes, but for those whose words it has said already.
+pub fn explained(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_named_once() {
+        let cause = || anyhow::anyhow!("no such file");
+        assert_eq!(
+            explained(&cause().context("read a.json")),
+            "read a.json: no such file"
+        );
+        assert_eq!(
+            explained(&cause().context("a.json: no such file, create it")),
+            "a.json: no such file, create it"
+        );
+    }
+}

@@ -13,7 +13,7 @@ use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
 use ripstop_controlplane::netconf::NetConf;
 use ripstop_controlplane::reconcile::{Reconciler, Settings};
 use ripstop_controlplane::sys::{Signals, Wake, hostname};
-use ripstop_controlplane::{DEFAULT_RUN_DIR, detour};
+use ripstop_controlplane::{DEFAULT_RUN_DIR, detour, explained};
 use tracing_subscriber::EnvFilter;
 
 /// Control plane of a Ripstop node: keeps the kernel's VXLAN path and the workers' forwarding table as the leases say.
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
     match run(flags) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
+            tracing::error!("{}", explained(&error));
             ExitCode::FAILURE
         }
     }

@@ -93,6 +93,10 @@ fn refused(what: &str, command: &mut Command, parts: &[&str]) -> Result<()> {
     );
     for part in parts {
         assert!(said.contains(part), "{what}: {part:?} is not in {said}");
+        if part.contains(' ') {
+            let times = said.matches(part).count();
+            assert_eq!(times, 1, "{what}: {part:?} is said {times} times in {said}");
+        }
     }
     assert!(!said.contains("panicked"), "{what}: {said}");
     Ok(())

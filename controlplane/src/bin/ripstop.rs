@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ripstop_controlplane::DEFAULT_RUN_DIR;
 use ripstop_controlplane::cleanup::cleanup;
 use ripstop_controlplane::report::{Drops, Leases, Status};
+use ripstop_controlplane::{DEFAULT_RUN_DIR, explained};
 use serde::Serialize;
 
 /// Shows and cleans up what Ripstop does on this node. Exit codes: 0 all is well, 1 there is a problem, 2 wrong usage.
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
         Ok((text, true)) => print(&text, ExitCode::SUCCESS),
         Ok((text, false)) => print(&text, ExitCode::FAILURE),
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "ripstop: {error:#}");
+            let _ = writeln!(std::io::stderr(), "ripstop: {}", explained(&error));
             ExitCode::FAILURE
         }
     }
