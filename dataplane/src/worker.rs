@@ -182,6 +182,12 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
         if received == 0 {
             return 0;
         }
+        warm(
+            &self.umem,
+            &self.received,
+            self.table.as_ref(),
+            forward::warm_from_nic,
+        );
         let mut bytes = 0;
         for mut frame in self.received.drain(..) {
             bytes += frame.len() as u64;
@@ -216,6 +222,12 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
         if received == 0 {
             return 0;
         }
+        warm(
+            &self.umem,
+            &self.received,
+            self.table.as_ref(),
+            forward::warm_from_host,
+        );
         let mut bytes = 0;
         for mut frame in self.received.drain(..) {
             bytes += frame.len() as u64;
@@ -247,6 +259,24 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
 fn drop_packet(umem: &mut Umem, counters: &mut WorkerCounters, frame: Frame, reason: DropReason) {
     counters.dropped(reason);
     umem.give(frame);
+}
+
+/// Brings what the decisions about a burst will look up towards the cache: the loads of its packets overlap here, and
+/// would come one after the other there.
+#[inline]
+fn warm(
+    umem: &Umem,
+    burst: &Burst,
+    table: Option<&Table<'_>>,
+    touch: impl Fn(&[u8], &Table<'_>) -> u64,
+) {
+    if let Some(table) = table {
+        core::hint::black_box(
+            burst
+                .iter()
+                .fold(0, |all, frame| all ^ touch(umem.packet(frame), table)),
+        );
+    }
 }
 
 /// Decides about a frame from the NIC and, if it is for this node, leaves only the inner packet in it.

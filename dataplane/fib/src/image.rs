@@ -242,6 +242,23 @@ impl<'r> Image<'r> {
         peers::check4(self.peers4, outer, inner)
     }
 
+    /// Touches what [`Image::lookup4`] and [`Image::template`] will read for this destination, so that it is on its way
+    /// into the cache: the loads of several packets overlap, which one after the other they would not. The value means
+    /// nothing; it is there to be used, or the compiler would leave the loads out.
+    #[inline]
+    pub fn warm_route4(&self, addr: u32) -> u64 {
+        match self.lookup4(addr) {
+            Hop::Via(_, id) => first_word(self.templates, id.0 as usize * TEMPLATE_WORDS),
+            Hop::None | Hop::Local | Hop::Unresolved => 0,
+        }
+    }
+
+    /// Touches what [`Image::check_peer4`] will read for this outer source; as [`Image::warm_route4`].
+    #[inline]
+    pub fn warm_peer4(&self, outer: u32) -> u64 {
+        first_word(self.peers4, peers::place4(self.peers4, outer))
+    }
+
     /// Number of adjacencies.
     pub fn adjacencies(&self) -> usize {
         self.templates.len() / TEMPLATE_WORDS
@@ -261,10 +278,15 @@ impl<'r> Image<'r> {
     }
 
     fn header(&self, index: usize) -> u64 {
-        self.words
-            .get(index)
-            .map_or(0, |word| word.load(Ordering::Relaxed))
+        first_word(self.words, index)
     }
+}
+
+#[inline]
+fn first_word(words: &[Word], index: usize) -> u64 {
+    words
+        .get(index)
+        .map_or(0, |word| word.load(Ordering::Relaxed))
 }
 
 /// Whether a section may have this length in words.

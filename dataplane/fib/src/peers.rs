@@ -40,6 +40,15 @@ fn hash4(outer: u32, buckets: usize) -> usize {
     index & (buckets - 1)
 }
 
+/// Where the search for an outer source begins, in words.
+#[inline]
+pub(crate) fn place4(table: &[Word], outer: u32) -> usize {
+    match table.len() / BUCKET_WORDS {
+        0 => 0,
+        buckets => hash4(outer, buckets) * BUCKET_WORDS,
+    }
+}
+
 /// Builds the table; `peers` in any order gives the same table after sorting by the caller.
 pub(crate) fn build4(peers: &[Peer4]) -> Vec<u64> {
     if peers.is_empty() {
