@@ -24,7 +24,10 @@ use crate::sync::{Word, words};
 const SLOTS: usize = 2;
 const SLOT_WORDS: usize = 2;
 const PINS: usize = 3;
-const GENERATIONS: usize = 4;
+/// Loom finds every chance in the fewest steps. Where chance decides, more steps are more chances.
+const ROUNDS: usize = if cfg!(loom) { 1 } else { 8 };
+const PUBLICATIONS: usize = if cfg!(loom) { 2 } else { 8 };
+const GENERATIONS: usize = PUBLICATIONS + 2;
 
 struct Shared {
     region: Vec<Word>,
@@ -72,6 +75,13 @@ impl Shared {
         publisher.fill(slot, &image);
     }
 
+    fn publish_several(&self) {
+        let mut publisher = Publisher::adopt(self.region());
+        for _ in 0..PUBLICATIONS {
+            self.publish(&mut publisher);
+        }
+    }
+
     fn follow_and_check(&self, reader: &mut Reader<'_>, source: &Word) {
         reader.follow(source);
         let ImageRef(pinned) = reader.pinned();
@@ -88,10 +98,10 @@ impl Shared {
 
 impl Shared {
     /// The watcher: follows `current` with one pin, checks, passes on, and lets go of the image before.
-    fn watch(&self, rounds: usize) {
+    fn watch(&self) {
         let mut checking = Reader::new(self.region(), &self.pins[0]);
         let mut accepted = Reader::new(self.region(), &self.pins[1]);
-        for _ in 0..rounds {
+        for _ in 0..ROUNDS {
             if self.check_and_pass_on(&mut checking, accepted.pinned()) {
                 core::mem::swap(&mut checking, &mut accepted);
                 checking.unpin();
@@ -112,9 +122,9 @@ impl Shared {
     }
 
     /// A worker: follows what the watcher passes on.
-    fn work(&self, rounds: usize) {
+    fn work(&self) {
         let mut worker = Reader::new(self.region(), &self.pins[2]);
-        for _ in 0..rounds {
+        for _ in 0..ROUNDS {
             self.follow_and_check(&mut worker, &self.accepted);
             if worker.pinned() != ImageRef(0) {
                 // SAFETY: the pointer is valid; the watcher wrote the note before it passed the image on.
@@ -144,7 +154,9 @@ fn a_reader_that_sees_the_first_image_sees_it_whole() {
             shared.publish(&mut Publisher::adopt(shared.region()));
         });
         let mut reader = Reader::new(shared.region(), &shared.pins[0]);
-        shared.follow_and_check(&mut reader, shared.region().current());
+        for _ in 0..ROUNDS {
+            shared.follow_and_check(&mut reader, shared.region().current());
+        }
         publishing.join().unwrap();
     });
 }
@@ -155,15 +167,13 @@ fn a_pinned_image_is_not_written() {
     explore(3, || {
         let shared = Shared::new();
         shared.publish(&mut Publisher::adopt(shared.region()));
-        let publishing = spawn(&shared, |shared| {
-            let mut publisher = Publisher::adopt(shared.region());
-            shared.publish(&mut publisher);
-            shared.publish(&mut publisher);
-        });
+        let publishing = spawn(&shared, Shared::publish_several);
         let mut reader = Reader::new(shared.region(), &shared.pins[0]);
-        shared.follow_and_check(&mut reader, shared.region().current());
-        shared.follow_and_check(&mut reader, shared.region().current());
-        reader.unpin();
+        for _ in 0..ROUNDS {
+            shared.follow_and_check(&mut reader, shared.region().current());
+            shared.follow_and_check(&mut reader, shared.region().current());
+            reader.unpin();
+        }
         publishing.join().unwrap();
     });
 }
@@ -181,7 +191,7 @@ fn a_worker_uses_only_what_the_watcher_has_checked() {
             let mut checking = Reader::new(shared.region(), &shared.pins[0]);
             shared.check_and_pass_on(&mut checking, ImageRef(0));
         });
-        shared.work(1);
+        shared.work();
         watching.join().unwrap();
     });
 }
@@ -191,17 +201,9 @@ fn a_worker_uses_only_what_the_watcher_has_checked() {
 fn a_worker_gets_whole_images_from_the_watcher() {
     explore(2, || {
         let shared = Shared::new();
-        let rounds = if cfg!(loom) { 1 } else { 4 };
-        let publishing = spawn(&shared, |shared| {
-            let mut publisher = Publisher::adopt(shared.region());
-            shared.publish(&mut publisher);
-            shared.publish(&mut publisher);
-            if !cfg!(loom) {
-                shared.publish(&mut publisher);
-            }
-        });
-        let watching = spawn(&shared, move |shared| shared.watch(rounds));
-        shared.work(rounds);
+        let publishing = spawn(&shared, Shared::publish_several);
+        let watching = spawn(&shared, Shared::watch);
+        shared.work();
         publishing.join().unwrap();
         watching.join().unwrap();
     });
@@ -213,13 +215,11 @@ fn a_snapshot_is_one_image() {
     explore(3, || {
         let shared = Shared::new();
         shared.publish(&mut Publisher::adopt(shared.region()));
-        let publishing = spawn(&shared, |shared| {
-            let mut publisher = Publisher::adopt(shared.region());
-            shared.publish(&mut publisher);
-            shared.publish(&mut publisher);
-        });
-        if let Some((generation, copy)) = shared.region().snapshot() {
-            assert_eq!(values(&copy), content(generation), "a mixed copy");
+        let publishing = spawn(&shared, Shared::publish_several);
+        for _ in 0..ROUNDS {
+            if let Some((generation, copy)) = shared.region().snapshot() {
+                assert_eq!(values(&copy), content(generation), "a mixed copy");
+            }
         }
         publishing.join().unwrap();
     });

@@ -40,6 +40,7 @@ fn assert_runs(what: &str, found: &[Run], expected: &[Run]) {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "an image with tables is too large")]
 fn an_image() {
     assert_runs(
         "image",
