@@ -1,15 +1,18 @@
-//! `ripstop-perf`: the lab for a person to play with.
+//! `ripstop-perf`: the demo, and the lab for a person to play with.
 
 #![expect(clippy::print_stdout, reason = "this is a command line")]
 
+mod demo;
+
 use core::time::Duration;
 use std::os::unix::process::CommandExt;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use ripstop_perf::{Lab, Node, NodeKind, UdpFlow, wait_until};
 
-/// Ripstop's lab: a pod network in network namespaces.
+/// Ripstop's demo and lab: a pod network in network namespaces.
 #[derive(Parser)]
 #[command(name = "ripstop-perf", version)]
 struct CommandLine {
@@ -19,6 +22,8 @@ struct CommandLine {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Show in less than a minute what Ripstop does, and what happens when its processes are killed.
+    Demo,
     /// The lab of nodes, pods and an underlay switch.
     #[command(subcommand)]
     Lab(LabCommand),
@@ -103,8 +108,14 @@ struct Up {
     no_ripstop: bool,
 }
 
-fn main() -> Result<()> {
-    let Command::Lab(command) = CommandLine::parse().command;
+fn main() -> Result<ExitCode> {
+    match CommandLine::parse().command {
+        Command::Demo => demo::run(),
+        Command::Lab(command) => lab(command).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn lab(command: LabCommand) -> Result<()> {
     match command {
         LabCommand::Up(up) => bring_up(up),
         LabCommand::Down(name) => Lab::open(&name.name)?.down(),

@@ -321,18 +321,14 @@ fn a_region_of_something_else_is_refused() -> Result<()> {
         let path = node.run_dir().join(FIB_FILE);
         let name = path.display().to_string();
         let fix = "stop Ripstop on this node, remove the file, start again";
-        let cases: [(&str, Option<(u64, &[u8])>, &str); 4] = [
+        // Bytes to write over the region's at a place; none for a file that is cut short.
+        type Damage = Option<(u64, &'static [u8])>;
+        let version: &'static [u8] = &[77, 0, 0, 0, 0, 0, 0, 0];
+        let length: &'static [u8] = &[5, 0, 0, 0, 0, 0, 0, 0];
+        let cases: [(&str, Damage, &str); 4] = [
             ("magic", Some((0, b"garbage!")), "wrong magic"),
-            (
-                "version",
-                Some((8, &77u64.to_ne_bytes())),
-                "layout version 77",
-            ),
-            (
-                "length",
-                Some((16, &5u64.to_ne_bytes())),
-                "header claims 5 words",
-            ),
+            ("version", Some((8, version)), "layout version 77"),
+            ("length", Some((16, length)), "header claims 5 words"),
             ("too short", None, ""),
         ];
         for (what, damage, part) in cases {

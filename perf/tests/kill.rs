@@ -24,17 +24,12 @@ use ripstop_perf::{
     DETOUR_TABLE, Host, Lab, LinkCounters, Mark, Node, NodeKind, Ping, TrafficGroup, UdpFlow,
     Workers, address, wait_until,
 };
-use serde_json::Value;
 
 /// What is asked for, both ways together, and what it has to come to.
 const RATE: u64 = 24_000;
 const RATE_MIN: u64 = 20_000;
 /// A packet that is not there after so long without any straggler is lost.
 const QUIET: Duration = Duration::from_millis(300);
-
-/// Packets that the kernel's queues on the way hold: those of the TUN device and the veth pair.
-const TUN_QUEUE: u64 = 2048;
-const VETH_RING: u64 = 256;
 
 /// Each test wants the machine's cores for itself.
 fn machine() -> MutexGuard<'static, ()> {
@@ -118,25 +113,6 @@ fn lost_between(traffic: &TrafficGroup, start: &[Mark], end: &[Mark]) -> u64 {
     traffic.lost_before(end, QUIET) - traffic.lost_before(start, QUIET)
 }
 
-/// The most packets that are somewhere inside a data plane when it dies: its configured rings, a burst in hand each
-/// way, and the queues of the kernel that go with its device and its XDP program.
-fn held(node: &Node) -> Result<u64> {
-    let mut held = VETH_RING;
-    for entry in fs::read_dir(node.config_dir()).context("configuration")? {
-        let text = fs::read_to_string(entry.context("configuration")?.path())?;
-        let config: Value = serde_json::from_str(&text)?;
-        let number = |pointer: &str, default| {
-            config
-                .pointer(pointer)
-                .and_then(Value::as_u64)
-                .unwrap_or(default)
-        };
-        held += number("/rings/rx", 2048) + number("/rings/tx", 2048);
-        held += 2 * number("/burst", 64) + TUN_QUEUE;
-    }
-    Ok(held)
-}
-
 #[test]
 fn nothing_is_lost_while_the_control_plane_is_dead() -> Result<()> {
     under_traffic(|lab, traffic| {
@@ -200,7 +176,7 @@ fn kill_the_dataplane(lab: &Lab, traffic: TrafficGroup, alone: bool) -> Result<(
     let dead = traffic.mark();
     let cost = traffic.lost_before(&dead, QUIET);
     let gap = traffic.snapshot().longest_gap;
-    let bound = held(node)?;
+    let bound = node.held_max()?;
     println!(
         "data plane killed{}: {cost} lost of at most {bound} held, longest gap {gap:.1?}, end took {took:.1?}",
         if alone { ", no control plane" } else { "" }

@@ -2,6 +2,7 @@
 //! directory, and the kernel's routes.
 
 use core::time::Duration;
+use std::fs;
 
 use anyhow::{Context, Result};
 use ripstop_fib::map::{self, FIB_FILE, STATS_FILE};
@@ -19,6 +20,14 @@ pub const DETOUR_TABLE: &str = "21097";
 
 /// How long Ripstop gets to come up: it takes a fraction of a second where the cores are free.
 const START: Duration = Duration::from_secs(15);
+
+/// What a configuration file need not say: entries of a ring, packets of a burst.
+const RING: u64 = 2048;
+const BURST: u64 = 64;
+/// Packets that a queue of the TUN device holds, and those that a queue of a veth pair does
+/// (`VETH_RING_SIZE`, drivers/net/veth.c).
+const TUN_QUEUE: u64 = 2048;
+const VETH_RING: u64 = 256;
 
 /// The workers of a node, all together, as their data plane last published them. That of a dead
 /// data plane stays readable; a new one counts from zero.
@@ -199,6 +208,30 @@ impl Node {
             self.detour().is_ok_and(|found| found.len() >= subnets)
         });
         outcome.with_context(|| format!("on {}: {}", self.name(), self.process_summary()))
+    }
+
+    /// The most packets that can be inside its data plane and go with it when it is killed: in the
+    /// rings as configured, a burst in hand each way, and in the queues of the kernel that end with
+    /// the TUN device and the XDP program.
+    ///
+    /// # Errors
+    /// Its configuration cannot be read.
+    pub fn held_max(&self) -> Result<u64> {
+        let mut held = 0;
+        let dir = self.config_dir();
+        for entry in fs::read_dir(&dir).with_context(|| format!("{}", dir.display()))? {
+            let path = entry.context("configuration")?.path();
+            let what = || format!("{}", path.display());
+            let text = fs::read_to_string(&path).with_context(what)?;
+            let config: Value = serde_json::from_str(&text).with_context(what)?;
+            let number = |pointer, default| {
+                let value = config.pointer(pointer).and_then(Value::as_u64);
+                value.unwrap_or(default)
+            };
+            held += number("/rings/rx", RING) + number("/rings/tx", RING);
+            held += 2 * number("/burst", BURST) + TUN_QUEUE + VETH_RING;
+        }
+        Ok(held)
     }
 
     /// The counters of its kernel's tunnel device, which the traffic takes when no worker does.

@@ -1,5 +1,6 @@
 //! Several runs of traffic, looked at as one.
 
+use core::mem;
 use core::time::Duration;
 
 use super::flow::{Mark, TrafficHandle, TrafficReport};
@@ -47,8 +48,20 @@ impl TrafficGroup {
 
     /// Stops sending everywhere, lets what is on its way arrive, and returns each account.
     #[must_use]
-    pub fn stop(self) -> Vec<TrafficReport> {
+    pub fn stop(mut self) -> Vec<TrafficReport> {
+        self.stop_sending();
+        let members = mem::take(&mut self.members);
+        members.into_iter().map(TrafficHandle::wait).collect()
+    }
+
+    /// All at once, so that they fall quiet together.
+    fn stop_sending(&self) {
         self.members.iter().for_each(TrafficHandle::stop_sending);
-        self.members.into_iter().map(TrafficHandle::wait).collect()
+    }
+}
+
+impl Drop for TrafficGroup {
+    fn drop(&mut self) {
+        self.stop_sending();
     }
 }
