@@ -27,7 +27,9 @@ use attacks::{
     Gate, Guns, INNER_FRAME, OTHER, PEER, ROUNDS, VICTIM, attacks, in_fragments, inner_ip, named,
     payload,
 };
-use common::{PATIENCE, by_worker, by_xdp, check_conservation, quiet, refused_since, xdp};
+use common::{
+    ECHO_REPLY, PATIENCE, by_worker, by_xdp, check_conservation, quiet, refused_since, xdp,
+};
 use ripstop_fib::stats::{Counter, XdpCounter};
 use ripstop_perf::{
     Capture, CapturedFrame, Direction, Fabric, Host, Inner, Ipv4, Lab, Mac, Node, Ping, Udp,
@@ -63,14 +65,13 @@ impl Watch {
     /// Sends one good packet, which must be the only one that has got in, and nothing may have gone out again.
     fn finish(self, lab: &Lab, guns: &Guns) -> Result<()> {
         let mut good = lab.tunnel_frame(PEER, VICTIM);
-        // Nobody answers an answer.
         let ip = Ipv4 {
             protocol: 1,
             ..inner_ip(&mut good).clone()
         };
         good.inner = Inner::Ipv4 {
             ip,
-            payload: vec![0; 16],
+            payload: ECHO_REPLY.to_vec(),
         };
         guns.wire.send(&good.encode())?;
         let target = &self.pods[usize::from(VICTIM) - 1].1;

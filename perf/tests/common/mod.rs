@@ -11,6 +11,8 @@ use ripstop_perf::{Host, KernelCounters, Lab, Node, Workers, wait_until};
 
 /// How long a wait may take on a machine that has much else to do.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// An ICMP echo reply to no request: nobody answers an answer.
+pub(crate) const ECHO_REPLY: [u8; 16] = [0, 0, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 /// For so long nothing may change for a node to count as quiet: longer than between two publications of any counter.
 const QUIET: Duration = Duration::from_millis(250);
 
