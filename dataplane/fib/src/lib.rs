@@ -10,7 +10,7 @@
 //! An *image* is everything that a worker forwards by, compiled off-line into one block of words: routes (longest
 //! prefix match), adjacencies (finished outer headers) and the peers with the prefix that each may speak for. It is
 //! never changed in place: [`Publisher`] copies it into a free slot of the region and makes it current by one release
-//! store; a [`Reader`] picks it up with one acquire load and *pins* it, and a pinned slot is not written again.
+//! store; a [`Reader`] sees that by one load, *pins* it and reads behind a fence, and a pinned slot is not written again.
 //!
 //! Everything here works on `&[Word]`, whatever memory that is; only the module `map` knows files. So Miri and loom,
 //! which cannot map files, check all the rest. The crate has no dependencies apart from libc in `map`.

@@ -589,4 +589,4 @@ use order::{
 };
 
 #[cfg(test)]
-mod model;
+mod loom_model;

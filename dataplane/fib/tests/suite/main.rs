@@ -1,4 +1,4 @@
-//! What the crate promises, apart from lookups (`tests/image.rs`) and orderings (`src/publish/model.rs`).
+//! What the crate promises, apart from lookups (`tests/image.rs`) and orderings (`src/publish/loom_model.rs`).
 #![expect(
     clippy::unwrap_used,
     reason = "a test fails where it stands, also in its helpers"
