@@ -14,12 +14,20 @@ fuzz_target!(|data: &[u8]| {
             let all: Vec<_> = std::iter::once(&set.own).chain(&set.peers).collect();
             let names: HashSet<_> = all.iter().map(|lease| &lease.node).collect();
             let macs: HashSet<_> = all.iter().map(|lease| lease.vtep_mac.to_string()).collect();
-            assert_eq!((names.len(), macs.len()), (all.len(), all.len()), "names and VTEP MACs are unique");
+            assert_eq!(
+                (names.len(), macs.len()),
+                (all.len(), all.len()),
+                "names and VTEP MACs are unique"
+            );
             for (at, lease) in all.iter().enumerate() {
-                assert!(network.contains(&lease.subnet), "subnets lie in the network");
+                assert!(
+                    network.contains(&lease.subnet),
+                    "subnets lie in the network"
+                );
                 assert_eq!(lease.subnet, lease.subnet.trunc(), "host bits are clear");
                 for other in &all[at + 1..] {
-                    let overlap = lease.subnet.contains(&other.subnet) || other.subnet.contains(&lease.subnet);
+                    let overlap = lease.subnet.contains(&other.subnet)
+                        || other.subnet.contains(&lease.subnet);
                     assert!(!overlap, "subnets do not overlap");
                 }
             }
