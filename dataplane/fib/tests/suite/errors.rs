@@ -115,7 +115,7 @@ fn a_fib_region_with_an_impossible_header_is_refused() {
         let error = Region::attach(&damaged).unwrap_err().to_string();
         assert!(error.contains(expected), "{replacements:x?}: {error}");
     }
-    for count in 0..valid.len() {
+    for count in (0..valid.len()).step_by(if cfg!(miri) { 67 } else { 1 }) {
         let error = Region::attach(&words(&valid[..count])).unwrap_err();
         let error = error.to_string();
         let expected = if count == 0 { "wrong magic" } else { "" };
