@@ -62,14 +62,17 @@ nightly:
 miri: nightly
 	MIRIFLAGS='-Zmiri-disable-isolation' $(CARGO) +nightly miri test -p af-xdp --lib ring
 	MIRIFLAGS='-Zmiri-disable-isolation' $(CARGO) +nightly miri test -p ripstop-fib --no-default-features
+	MIRIFLAGS='-Zmiri-tree-borrows' $(CARGO) +nightly miri test -p ripstop-fib --no-default-features \
+	    --test suite read_only -- --ignored
 
+# Flags of their own, so a folder of their own: the ordinary build stays as it is.
 loom: setup
-	RUSTFLAGS='--cfg loom' $(CARGO) test -p af-xdp --lib loom
-	RUSTFLAGS='--cfg loom' $(CARGO) test -p ripstop-fib --no-default-features --lib
+	CARGO_TARGET_DIR=target/loom RUSTFLAGS='--cfg loom' $(CARGO) test -p af-xdp --lib loom
+	CARGO_TARGET_DIR=target/loom RUSTFLAGS='--cfg loom' $(CARGO) test -p ripstop-fib --release --lib loom
 
 # Weakens each memory ordering in turn and demands that loom or Miri notices.
 mutations: nightly
-	dataplane/af-xdp/mutations.sh
+	CARGO_TARGET_DIR=$(CURDIR)/target/loom dataplane/af-xdp/mutations.sh
 	dataplane/fib/mutations.sh
 
 $(TOOLS)/bin/cargo-fuzz:
