@@ -23,7 +23,7 @@ use std::thread;
 
 use anyhow::{Result, bail, ensure};
 use attacks::{Guns, PEER, VICTIM};
-use common::{PATIENCE, check_conservation, quiet};
+use common::{PATIENCE, check_conservation, quiet, settled};
 use ripstop_fib::stats::{Counter, KernelCounter};
 use ripstop_perf::{
     Fabric, Host, Lab, Lease, Leases, Node, TrafficHandle, UDP_PAYLOAD_MIN, UdpFlow, Workers,
@@ -45,9 +45,10 @@ fn seen(lab: &Lab, node: &Node) -> Result<Seen> {
     let port = Fabric::port(node.index());
     let sent = || Ok::<_, anyhow::Error>(lab.fabric().link_counters(&port)?.tx_packets);
     for _attempt in 0..20 {
+        let before = sent()?;
+        let (workers, probes) = settled(lab, node)?;
         let by_fabric = sent()?;
-        let workers = quiet(node)?;
-        if sent()? == by_fabric {
+        if by_fabric == before + probes {
             let by_programs = workers.nics.iter().flat_map(|nic| nic.counters).sum();
             return Ok(Seen {
                 by_programs,
@@ -72,7 +73,7 @@ fn no_packet_and_no_frame_is_lost_from_the_books() -> Result<()> {
             mixed_load(lab)?;
             overrun(lab)?;
             for (node, before) in [victim, peer].into_iter().zip(before) {
-                let workers = quiet(node)?;
+                let workers = quiet(lab, node)?;
                 check_conservation(node.name(), &workers)?;
                 check_host_door(node, &workers)?;
                 let after = seen(lab, node)?;
@@ -130,7 +131,7 @@ fn shrink_rings(node: &Node) -> Result<()> {
             "nic": "eth0",
             "queue": queue,
             "cpu": 0,
-            "rings": { "rx": 256, "tx": 256, "fill": 512, "completion": 256 },
+            "rings": { "rx": 128, "tx": 256, "fill": 256, "completion": 256 },
         });
         node.write_queue_config(queue, &config)?;
     }
@@ -201,7 +202,7 @@ fn overrun(lab: &Lab) -> Result<()> {
 /// Packets that the kernel of any Ripstop node had to drop, in front of the workers' rings or of the host door.
 fn lost_on_the_way(lab: &Lab) -> Result<u64> {
     let of_node = |node: &Node| {
-        let workers = quiet(node)?;
+        let workers = quiet(lab, node)?;
         let in_rings =
             workers.kernel(KernelCounter::RxRingFull) + workers.kernel(KernelCounter::RxDropped);
         Ok::<_, anyhow::Error>(in_rings + node.link_counters("rip0")?.tx_dropped)

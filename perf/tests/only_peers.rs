@@ -164,7 +164,7 @@ fn workers_refuse_each_attack_for_its_own_reason() -> Result<()> {
         let victim = lab.node(VICTIM);
         wait_for_filter(victim)?;
         let (guns, attacks, watch) = (Guns::new(lab)?, attacks(lab)?, Watch::start(lab)?);
-        let first = quiet(victim)?;
+        let first = quiet(lab, victim)?;
         let mut refused: BTreeMap<String, u64> = BTreeMap::new();
         let mut not_ours = 0;
         let mut filtered = filter_counts(victim)?;
@@ -200,7 +200,7 @@ fn workers_refuse_each_attack_for_its_own_reason() -> Result<()> {
             })?;
         }
         watch.finish(lab, &guns)?;
-        let last = quiet(victim)?;
+        let last = quiet(lab, victim)?;
         // Nothing was counted twice, or later, or delivered.
         assert_eq!(refused_since(&last, &first), refused);
         assert_eq!(filter_counts(victim)?, filtered);
@@ -470,11 +470,11 @@ fn what_peers_may_send_gets_in_unchanged() -> Result<()> {
         lab.start_ripstop()?;
         let victim = lab.node(VICTIM);
         wait_for_filter(victim)?;
-        let before = quiet(victim)?;
+        let before = quiet(lab, victim)?;
         let standby = victim.standby_counters()?;
         let odd = odd_packets(lab);
         send_odd(lab, &odd, |_| true)?;
-        let after = quiet(victim)?;
+        let after = quiet(lab, victim)?;
         let through_kernel = odd.iter().filter(|odd| odd.through_kernel).count();
         let delivered = after.total(Counter::HostTxPackets) - before.total(Counter::HostTxPackets);
         assert_eq!(

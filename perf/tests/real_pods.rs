@@ -77,7 +77,7 @@ impl Before {
     fn read(lab: &Lab) -> Result<Self> {
         let nodes = lab.ripstop_nodes().map(|node| {
             let standby = node.standby_counters()?;
-            Ok((node.index(), (quiet(node)?, standby)))
+            Ok((node.index(), (quiet(lab, node)?, standby)))
         });
         Ok(Self {
             kernel: kernel_counters(lab)?,
@@ -91,7 +91,7 @@ impl Before {
         for node in lab.ripstop_nodes() {
             let (before, standby_before) =
                 self.nodes.get(&node.index()).context("was read before")?;
-            let (after, standby) = (quiet(node)?, node.standby_counters()?);
+            let (after, standby) = (quiet(lab, node)?, node.standby_counters()?);
             let grown = |counter| after.total(counter) - before.total(counter);
             let redirected =
                 xdp(&after, XdpCounter::Redirected) - xdp(before, XdpCounter::Redirected);
@@ -309,7 +309,7 @@ fn the_command_line_reports_the_worker_path() -> Result<()> {
             4
         );
         for node in lab.ripstop_nodes() {
-            let stats = quiet(node)?;
+            let stats = quiet(lab, node)?;
             let status = node.ripstop(&["status", "--json", "--interval", "0"])?;
             assert_eq!(status["ok"], json!(true), "{status:#}");
             assert_eq!(status["path"]["inUse"], json!("workers"), "{status:#}");

@@ -46,7 +46,7 @@ fn six_workers_on_one_core_sleep_when_idle_and_all_carry_traffic() -> Result<()>
     lab.run(|lab| {
         lab.start_ripstop()?;
         let damage = kernel_counters(lab)?;
-        check_idle(lab.nodes())?;
+        check_idle(lab)?;
         let (one, other) = (lab.pod(1, 0), lab.pod(2, 0));
         let sizes = [UDP_PAYLOAD_MIN, 300, udp_payload_max(lab.pod_mtu())];
         let flow = |from, to| {
@@ -68,20 +68,21 @@ fn six_workers_on_one_core_sleep_when_idle_and_all_carry_traffic() -> Result<()>
             spread_over_queues(lab, from, to)?;
         }
         for node in lab.nodes() {
-            check_every_worker(node)?;
+            check_every_worker(lab, node)?;
         }
         check_no_damage(lab, &damage)
     })
 }
 
 /// Each worker sleeps again and again, and all of a node take next to nothing.
-fn check_idle(nodes: &[Node]) -> Result<()> {
-    let before: Vec<(Workers, u64)> = nodes
+fn check_idle(lab: &Lab) -> Result<()> {
+    let before: Vec<(Workers, u64)> = lab
+        .nodes()
         .iter()
-        .map(|node| Ok((quiet(node)?, cpu_ticks(node)?)))
+        .map(|node| Ok((quiet(lab, node)?, cpu_ticks(node)?)))
         .collect::<Result<_>>()?;
     thread::sleep(IDLE);
-    for (node, (before, ticks)) in nodes.iter().zip(before) {
+    for (node, (before, ticks)) in lab.nodes().iter().zip(before) {
         let (taken, after) = (cpu_ticks(node)? - ticks, node.workers()?);
         // The kernel counts a process's time in hundredths of a second, whatever its own tick is.
         let percent = taken * 100 / (IDLE.as_secs() * 100);
@@ -150,8 +151,8 @@ fn spread_over_queues(lab: &Lab, from: u8, to: u8) -> Result<()> {
 }
 
 /// Each queue has carried packets both ways, on CPU 0, and none has come to a queue without a worker.
-fn check_every_worker(node: &Node) -> Result<()> {
-    let workers = quiet(node)?;
+fn check_every_worker(lab: &Lab, node: &Node) -> Result<()> {
+    let workers = quiet(lab, node)?;
     for worker in &workers.workers {
         let count = |counter| worker.counters.get(counter);
         let (sent, received) = (count(Counter::NicTxPackets), count(Counter::HostTxPackets));

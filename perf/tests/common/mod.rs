@@ -2,43 +2,79 @@
 
 use core::time::Duration;
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use ripstop_fib::DropReason;
 use ripstop_fib::map::monotonic_ns;
 use ripstop_fib::stats::{Counter, Gauge, KernelCounter, XdpCounter};
-use ripstop_perf::{Host, KernelCounters, Lab, Node, Workers, wait_until};
+use ripstop_perf::{
+    Fabric, Host, Injector, KernelCounters, Lab, Node, Workers, address, wait_until,
+};
 
 /// How long a wait may take on a machine that has much else to do.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// An ICMP echo reply to no request: nobody answers an answer.
 pub(crate) const ECHO_REPLY: [u8; 16] = [0, 0, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-/// For so long nothing may change for a node to count as quiet: longer than between two publications of any counter.
-const QUIET: Duration = Duration::from_millis(250);
+/// Frames that make sure that a data plane has counted what came before them. So many, because now and then a frame of
+/// neighbour discovery is counted in the same place.
+const PROBES: u64 = 16;
 
 /// Waits until nothing happens any more on a node and all that has happened is counted.
-pub(crate) fn quiet(node: &Node) -> Result<Workers> {
-    let mut last = node.workers()?;
-    let (mut account, mut since) = (account_of(&last), monotonic_ns());
-    let mut failure = None;
-    wait_until(&format!("{} is quiet", node.name()), PATIENCE, || {
-        match node.workers() {
-            Ok(now) => last = now,
-            Err(error) => failure = Some(error),
+pub(crate) fn quiet(lab: &Lab, node: &Node) -> Result<Workers> {
+    let mut before = account_of(&settled(lab, node)?.0);
+    let start = Instant::now();
+    loop {
+        let (workers, _) = settled(lab, node)?;
+        let account = account_of(&workers);
+        if account == before {
+            return Ok(workers);
         }
-        let now = account_of(&last);
-        if now != account {
-            (account, since) = (now, monotonic_ns());
-        }
-        // Every worker has published after what could have been the last change, and the watcher has had the time to.
-        let published = last
+        ensure!(
+            start.elapsed() < PATIENCE,
+            "after {PATIENCE:?} {} is still not quiet",
+            node.name()
+        );
+        before = account;
+    }
+}
+
+/// Reads what a node has counted, in a state that has all that happened before the call; and how many frames were sent
+/// to the node for that.
+pub(crate) fn settled(lab: &Lab, node: &Node) -> Result<(Workers, u64)> {
+    let wire = Injector::open(lab.fabric(), &Fabric::port(node.index()))?;
+    let start = monotonic_ns();
+    let published = |what: &str, condition: &dyn Fn(&Workers) -> bool| {
+        let what = format!("{} has published {what}", node.name());
+        wait_until(&what, PATIENCE, || {
+            node.workers().is_ok_and(|workers| condition(&workers))
+        })
+    };
+    published("the counters of its workers", &|workers| {
+        workers
             .workers
             .iter()
-            .all(|worker| worker.heartbeat_ns > since);
-        let rested = Duration::from_nanos(monotonic_ns() - since) > QUIET;
-        failure.is_some() || (published && rested)
+            .all(|worker| worker.heartbeat_ns > start)
     })?;
-    failure.map_or(Ok(last), Err)
+    // The kernel's counters are published after those of the XDP program. Where the second are seen for the second time,
+    // both are there from the first.
+    for _time in 0..2 {
+        let before = xdp(&node.workers()?, XdpCounter::PassedOther);
+        (0..PROBES).try_for_each(|_probe| wire.send(&probe(node)))?;
+        published("the counters of its XDP program", &|workers| {
+            xdp(workers, XdpCounter::PassedOther) >= before + PROBES
+        })?;
+    }
+    Ok((node.workers()?, 2 * PROBES))
+}
+
+/// A frame of no known protocol.
+fn probe(node: &Node) -> Vec<u8> {
+    let addresses = [
+        address::underlay_mac(node.index()).0,
+        address::ATTACKER_MAC.0,
+    ];
+    [addresses.as_flattened(), &[0x88, 0xb5], &[0; 46]].concat()
 }
 
 /// All that is counted of packets and frames, apart from neighbour discovery, which never ends.
