@@ -14,12 +14,14 @@
 )]
 
 use core::ptr::NonNull;
+use core::time::Duration;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::string::String;
+use std::time::Instant;
 use std::{format, io};
 
 use core::fmt;
@@ -27,6 +29,11 @@ use core::fmt;
 use crate::publish::{self, Region, RegionError, SLOT_WORDS, SLOTS};
 use crate::stats::{STATS_WORDS, Stats};
 use crate::sync::Word;
+
+/// How long a lock is waited for. A process that was killed while it started another one leaves its lock with that one
+/// until the new program runs; a successor must not give up for these few milliseconds.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// Name of the fib region in the run directory.
 pub const FIB_FILE: &str = "fib";
@@ -182,16 +189,22 @@ impl ProcessLock {
             .open(&path)
             .map_err(io("open lock file"))?;
         // An open-file-description lock: it goes with this file, not with the first descriptor of it that is closed.
-        match record_lock(&file, libc::F_OFD_SETLK) {
-            Ok(_) => {}
-            // Linux says EAGAIN; fcntl(2) allows EACCES as well.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                return Err(MapError::Locked {
-                    path: path.clone(),
-                    pid: written_pid(&path),
-                });
+        let give_up = Instant::now() + LOCK_PATIENCE;
+        loop {
+            match record_lock(&file, libc::F_OFD_SETLK) {
+                Ok(_) => break,
+                // Linux says EAGAIN; fcntl(2) allows EACCES as well.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                    if Instant::now() >= give_up {
+                        return Err(MapError::Locked {
+                            path: path.clone(),
+                            pid: written_pid(&path),
+                        });
+                    }
+                    std::thread::sleep(LOCK_RETRY);
+                }
+                Err(error) => return Err(io("lock")(error)),
             }
-            Err(error) => return Err(io("lock")(error)),
         }
         file.set_len(0).map_err(io("empty"))?;
         file.write_all(format!("{}\n", std::process::id()).as_bytes())
