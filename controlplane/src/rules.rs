@@ -8,8 +8,14 @@
 //! - `decapsulated` (hook prerouting): what comes out of the device must be addressed to our own subnet.
 //!
 //! A rule whose packet is too short to be looked at does not match, so the chain ends with the drop and not with the
-//! exceptions. Changes go through the `nft` program, each a single transaction: there is no moment without the
-//! filter. The filter outlives the control plane on purpose; `ripstop cleanup` removes it.
+//! exceptions. Changes go through the `nft` program. The filter outlives the control plane on purpose; `ripstop
+//! cleanup` removes it.
+//!
+//! There is no moment without the filter, and none in which it drops what a peer sends. The second takes care: a set
+//! with intervals shows new elements only some time after the rules of the same transaction are in force
+//! (net/netfilter/nf_tables_api.c, `nft_set_commit_update` at the end of `nf_tables_commit`), and for that time a new
+//! set is empty. So elements come first and rules second, in a transaction of their own, and elements that are right
+//! stay untouched.
 
 use core::fmt::Write as _;
 use core::net::Ipv4Addr;
@@ -130,17 +136,22 @@ impl Filter {
                 counter.name
             );
         }
-        // Offsets are in bits from the start of the UDP header: UDP 8, VXLAN 8, Ethernet 14 bytes, then the inner
-        // IPv4 header with its source at 12.
-        let _ = writeln!(
-            text,
-            "set peers {{ typeof ip saddr . @th,336,32; flags interval;"
-        );
+        let _ = writeln!(text, "set peers {{ {PEERS}");
         if !self.peers.is_empty() {
             let _ = write!(text, "elements = {{ ");
-            write_elements(&mut text, self.peers.iter());
+            write_elements(&mut text, self.peers.iter().map(element));
             let _ = writeln!(text, " }}");
         }
+        let _ = writeln!(text, "}}");
+        for Chain { name, hook, rules } in self.chains() {
+            let hook = hook.map_or(String::new(), |hook| format!("{hook}\n"));
+            let _ = writeln!(text, "chain {name} {{\n{hook}{}\n}}", rules.join("\n"));
+        }
+        let _ = writeln!(text, "}}");
+        text
+    }
+
+    fn chains(&self) -> [Chain; 3] {
         let Self {
             public_ip,
             port,
@@ -159,27 +170,72 @@ impl Filter {
             unknown,
             not_local,
         ] = COUNTERS.map(|counter| format!("counter name {} drop", counter.name));
-        let _ = writeln!(
-            text,
-            "}}
-chain tunnel {{
-ip daddr != {public_ip} {other_address}
-udp length < 50 {too_short}
-@th,64,8 != 0x08 {flags}
-@th,96,24 != {vni} {wrong_vni}
-@th,183,1 1 {from_group}
-@th,224,16 != 0x0800 {not_ipv4}
-ip saddr . @th,336,32 @peers return
-{unknown}
-}}
-chain standby {{ type filter hook input priority -10; policy accept;
-udp dport {port} jump tunnel
-}}
-chain decapsulated {{ type filter hook prerouting priority -300; policy accept;
-iifname \"{device}\" ip daddr != {subnet} {not_local}
-}}
-}}"
+        let tunnel = vec![
+            format!("ip daddr != {public_ip} {other_address}"),
+            format!("udp length < 50 {too_short}"),
+            format!("@th,64,8 != 0x08 {flags}"),
+            format!("@th,96,24 != {vni} {wrong_vni}"),
+            format!("@th,183,1 1 {from_group}"),
+            format!("@th,224,16 != 0x0800 {not_ipv4}"),
+            "ip saddr . @th,336,32 @peers return".to_owned(),
+            unknown,
+        ];
+        let standby = vec![format!("udp dport {port} jump tunnel")];
+        let decapsulated = vec![format!(
+            "iifname \"{device}\" ip daddr != {subnet} {not_local}"
+        )];
+        let chain = |name, hook, rules| Chain { name, hook, rules };
+        [
+            chain("tunnel", None, tunnel),
+            chain(
+                "standby",
+                Some("type filter hook input priority -10; policy accept;"),
+                standby,
+            ),
+            chain(
+                "decapsulated",
+                Some("type filter hook prerouting priority -300; policy accept;"),
+                decapsulated,
+            ),
+        ]
+    }
+
+    /// The first of the two transactions that lead from any state to this filter: counters and peers.
+    fn elements(&self, present: &Present) -> String {
+        let mut text = format!("add table ip {TABLE}\n");
+        for counter in COUNTERS {
+            let _ = writeln!(text, "add counter ip {TABLE} {}", counter.name);
+        }
+        let _ = writeln!(text, "add set ip {TABLE} peers {{ {PEERS} }}");
+        let wanted: BTreeSet<Element> = self.peers.iter().map(element).collect();
+        write_changes(
+            &mut text,
+            present.elements.difference(&wanted).copied(),
+            wanted.difference(&present.elements).copied(),
         );
+        text
+    }
+
+    /// The second of them: the rules, and nothing of anybody else's.
+    fn rules(&self, present: &Present) -> String {
+        let mut text = String::new();
+        for Chain { name, hook, rules } in self.chains() {
+            let hook = hook.map_or(String::new(), |hook| format!(" {{ {hook} }}"));
+            let _ = writeln!(text, "add chain ip {TABLE} {name}{hook}");
+            let _ = writeln!(text, "flush chain ip {TABLE} {name}");
+            for rule in rules {
+                let _ = writeln!(text, "add rule ip {TABLE} {name} {rule}");
+            }
+        }
+        // Chains refer to each other and to sets, so all of them are emptied first.
+        let chains = || present.foreign.iter().filter(|(kind, _)| kind == "chain");
+        for (_, name) in chains() {
+            let _ = writeln!(text, "flush chain ip {TABLE} {name}");
+        }
+        let others = present.foreign.iter().filter(|(kind, _)| kind != "chain");
+        for (kind, name) in chains().chain(others) {
+            let _ = writeln!(text, "delete {kind} ip {TABLE} {name}");
+        }
         text
     }
 
@@ -196,27 +252,107 @@ iifname \"{device}\" ip daddr != {subnet} {not_local}
             return None;
         }
         let mut text = String::new();
-        for (verb, elements) in [
-            ("delete", before.peers.difference(&self.peers)),
-            ("add", self.peers.difference(&before.peers)),
-        ] {
-            let mut elements = elements.peekable();
-            if elements.peek().is_some() {
-                let _ = write!(text, "{verb} element ip {TABLE} peers {{ ");
-                write_elements(&mut text, elements);
-                let _ = writeln!(text, " }}");
-            }
-        }
+        write_changes(
+            &mut text,
+            before.peers.difference(&self.peers).map(element),
+            self.peers.difference(&before.peers).map(element),
+        );
         Some(text)
     }
 }
 
-fn write_elements<'a>(text: &mut String, elements: impl Iterator<Item = &'a (Ipv4Addr, Ipv4Net)>) {
-    for (index, (outer, subnet)) in elements.enumerate() {
+/// The set of peers: outer source, and first and last inner source as numbers, for a raw payload field takes no
+/// prefixes. Offsets are in bits from the start of the UDP header: UDP 8, VXLAN 8, Ethernet 14 bytes, then the inner
+/// IPv4 header with its source at 12.
+const PEERS: &str = "typeof ip saddr . @th,336,32; flags interval;";
+
+type Element = (Ipv4Addr, u32, u32);
+
+fn element((outer, subnet): &(Ipv4Addr, Ipv4Net)) -> Element {
+    (
+        *outer,
+        subnet.network().to_bits(),
+        subnet.broadcast().to_bits(),
+    )
+}
+
+fn write_changes(
+    text: &mut String,
+    stale: impl Iterator<Item = Element>,
+    missing: impl Iterator<Item = Element>,
+) {
+    let mut write = |verb, elements: Vec<Element>| {
+        if !elements.is_empty() {
+            let _ = write!(text, "{verb} element ip {TABLE} peers {{ ");
+            write_elements(text, elements.into_iter());
+            let _ = writeln!(text, " }}");
+        }
+    };
+    write("delete", stale.collect());
+    write("add", missing.collect());
+}
+
+fn write_elements(text: &mut String, elements: impl Iterator<Item = Element>) {
+    for (index, (outer, first, last)) in elements.enumerate() {
         let separator = if index == 0 { "" } else { ", " };
-        // A raw payload field takes numbers, not prefixes.
-        let (first, last) = (subnet.network().to_bits(), subnet.broadcast().to_bits());
         let _ = write!(text, "{separator}{outer} . {first:#010x}-{last:#010x}");
+    }
+}
+
+/// One chain of the filter.
+struct Chain {
+    name: &'static str,
+    /// Where the kernel calls it, if it does.
+    hook: Option<&'static str>,
+    rules: Vec<String>,
+}
+
+/// What the kernel has in the table of our name.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Present {
+    elements: BTreeSet<Element>,
+    /// Kind and name of what is not ours.
+    foreign: Vec<(String, String)>,
+}
+
+impl Present {
+    /// Looks; `None` when there is something that cannot be understood.
+    fn read() -> Option<Self> {
+        let output = nft(&["-j", "list", "table", "ip", TABLE], "").ok()?;
+        if output.status.success() {
+            Self::parse(&serde_json::from_slice(&output.stdout).ok()?)
+        } else {
+            Some(Self::default())
+        }
+    }
+
+    fn parse(listing: &serde_json::Value) -> Option<Self> {
+        let mut present = Self::default();
+        for object in listing["nftables"].as_array()? {
+            for (kind, content) in object.as_object()? {
+                let name = content["name"].as_str().unwrap_or_default();
+                let ours = match kind.as_str() {
+                    "metainfo" | "table" | "rule" => true,
+                    "chain" => ["tunnel", "standby", "decapsulated"].contains(&name),
+                    "counter" => COUNTERS.iter().any(|counter| counter.name == name),
+                    "set" => name == "peers",
+                    _ => false,
+                };
+                if !ours {
+                    present.foreign.push((kind.clone(), name.to_owned()));
+                }
+                if kind == "set" && ours {
+                    let elements = content["elem"].as_array();
+                    for element in elements.map(Vec::as_slice).unwrap_or_default() {
+                        let fields = &element["concat"];
+                        let bound = |index| u32::try_from(fields[1]["range"][index].as_u64()?).ok();
+                        let outer = fields[0].as_str()?.parse().ok()?;
+                        present.elements.insert((outer, bound(0)?, bound(1)?));
+                    }
+                }
+            }
+        }
+        Some(present)
     }
 }
 
@@ -439,12 +575,14 @@ fn keep(shared: &Shared) {
         if let Some(wanted) =
             wanted.filter(|wanted| loaded.as_ref().map(|loaded| &loaded.filter) != Some(wanted))
         {
+            let mut transactions = 1;
             match load(wanted, loaded.take().as_ref()) {
-                Ok(now_loaded) => loaded = Some(now_loaded),
+                Ok((now_loaded, count)) => (loaded, transactions) = (Some(now_loaded), count),
                 Err(error) => problem = Some(error.to_string()),
             }
-            // Our own transaction is announced, too, as one batch.
-            if monitor.as_mut().and_then(|monitor| drain(monitor, 1)) == Some(true) {
+            // Our own transactions are announced, too, as one batch each.
+            let others = |monitor| drain(monitor, transactions);
+            if monitor.as_mut().and_then(others) == Some(true) {
                 loaded = None;
                 std::thread::sleep(CONTENTION_PAUSE);
                 continue;
@@ -491,14 +629,27 @@ fn drain(monitor: &mut RulesetMonitor, expected: usize) -> Option<bool> {
     }
 }
 
-fn load(wanted: Filter, before: Option<&Loaded>) -> Result<Loaded, FilterError> {
+/// Puts the filter into force, gently if possible; also says how many transactions that took.
+fn load(wanted: Filter, before: Option<&Loaded>) -> Result<(Loaded, usize), FilterError> {
     let start = Instant::now();
+    let mut transactions = 0;
+    let mut commit = |text: &str| {
+        run(&["-f", "-"], text)?;
+        transactions += 1;
+        Ok::<_, FilterError>(())
+    };
     let update = before.and_then(|before| wanted.update(&before.filter));
-    // An update fails where another program has taken an element; then the whole is replaced.
-    let updated = update.is_some_and(|update| run(&["-f", "-"], &update).is_ok());
+    // An update fails where another program has taken an element.
+    let updated = update.is_some_and(|update| commit(&update).is_ok());
     if !updated {
-        let counts = counts().ok().flatten().unwrap_or_default();
-        run(&["-f", "-"], &wanted.replace(&counts))?;
+        let in_two_steps = Present::read().is_some_and(|present| {
+            commit(&wanted.elements(&present)).is_ok() && commit(&wanted.rules(&present)).is_ok()
+        });
+        // Something of another kind stands under one of our names: away with all of it.
+        if !in_two_steps {
+            let counts = counts().ok().flatten().unwrap_or_default();
+            commit(&wanted.replace(&counts))?;
+        }
     }
     let listing = listing()?;
     tracing::info!(
@@ -507,10 +658,11 @@ fn load(wanted: Filter, before: Option<&Loaded>) -> Result<Loaded, FilterError> 
         took_ms = start.elapsed().as_millis(),
         "peer filter set"
     );
-    Ok(Loaded {
+    let loaded = Loaded {
         filter: wanted,
         listing,
-    })
+    };
+    Ok((loaded, transactions))
 }
 
 fn report(shared: &Shared, problem: Option<String>) {
@@ -561,6 +713,50 @@ mod tests {
         let mut other = after.clone();
         other.vni = 2;
         assert_eq!(other.update(&after), None);
+    }
+
+    #[test]
+    fn elements_come_first_and_only_those_that_are_missing() {
+        let wanted = filter(&[
+            ("10.199.0.2", "10.244.2.0/24"),
+            ("10.199.0.3", "10.244.3.0/24"),
+        ]);
+        let listing = serde_json::json!({ "nftables": [
+            { "metainfo": {} },
+            { "table": { "name": "ripstop" } },
+            { "counter": { "name": "standby_unknown_peer" } },
+            { "counter": { "name": "somebodys" } },
+            { "chain": { "name": "tunnel" } },
+            { "chain": { "name": "side_door" } },
+            { "set": { "name": "peers", "elem": [
+                { "concat": ["10.199.0.2", { "range": [0x0af4_0200, 0x0af4_02ff] }] },
+                { "concat": ["10.199.0.9", { "range": [0x0af4_0900, 0x0af4_09ff] }] },
+            ] } },
+            { "rule": { "chain": "tunnel" } },
+        ] });
+        let present = Present::parse(&listing).unwrap();
+        let elements = wanted.elements(&present);
+        assert!(
+            elements.ends_with(
+                "delete element ip ripstop peers { 10.199.0.9 . 0x0af40900-0x0af409ff }\n\
+                 add element ip ripstop peers { 10.199.0.3 . 0x0af40300-0x0af403ff }\n"
+            ),
+            "{elements}"
+        );
+        let rules = wanted.rules(&present);
+        assert!(
+            rules.ends_with(
+                "flush chain ip ripstop side_door\n\
+                 delete chain ip ripstop side_door\n\
+                 delete counter ip ripstop somebodys\n"
+            ),
+            "{rules}"
+        );
+        assert!(!rules.contains("element"), "{rules}");
+        let unknown = serde_json::json!({ "nftables": [
+            { "set": { "name": "peers", "elem": ["10.199.0.2"] } },
+        ] });
+        assert_eq!(Present::parse(&unknown), None);
     }
 
     #[test]
