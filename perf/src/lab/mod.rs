@@ -701,6 +701,10 @@ impl Lab {
     #[must_use]
     pub fn dump(&self) -> String {
         let mut text = self.picture();
+        text.push_str("\n--- every link: packets, dropped, errors\n");
+        for host in self.hosts() {
+            text.push_str(&traffic_of_links(host));
+        }
         for node in &self.nodes {
             text.push_str(&node.dump());
         }
@@ -721,6 +725,22 @@ impl Lab {
         gone(fs::remove_file(&description))
             .with_context(|| format!("remove {}", description.display()))
     }
+}
+
+/// A line for each link of a host: where packets got lost shows at a glance.
+fn traffic_of_links(host: &dyn Host) -> String {
+    let output = host.output(&["ip", "-s", "-j", "link"]).unwrap_or_default();
+    let links: Value = serde_json::from_str(&output).unwrap_or_default();
+    let line = |link: &Value| {
+        let of = |direction: &str| {
+            let count = |name: &str| link["stats64"][direction][name].as_u64().unwrap_or(0);
+            let [packets, dropped, errors] = ["packets", "dropped", "errors"].map(count);
+            format!("{direction} {packets:>9} {dropped:>6} {errors:>6}")
+        };
+        let name = link["ifname"].as_str().unwrap_or("?");
+        format!("{:<9} {name:<9} {}   {}\n", host.name(), of("rx"), of("tx"))
+    };
+    links.as_array().into_iter().flatten().map(line).collect()
 }
 
 /// What someone else has removed is removed.

@@ -35,6 +35,8 @@ const VETH_RING: u64 = 256;
 pub struct Workers {
     /// When this was read (CLOCK_MONOTONIC).
     read_ns: u64,
+    /// Process id of the data plane that published it.
+    pub pid: u64,
     /// One entry per worker.
     pub workers: Vec<WorkerStats>,
     /// One entry per NIC.
@@ -148,6 +150,7 @@ impl Node {
         let (workers, nics) = (stats.workers(), stats.nics());
         Ok(Workers {
             read_ns: map::monotonic_ns(),
+            pid: stats.pid(),
             workers,
             nics,
         })
