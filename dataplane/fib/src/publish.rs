@@ -149,6 +149,33 @@ impl fmt::Display for RegionError {
 
 impl core::error::Error for RegionError {}
 
+/// Checks what all regions begin with: magic, version, size. Returns the error to give when the size, right as it is,
+/// does not suit what else the header says.
+pub(crate) fn check_header(words: &[Word], expected: u64) -> Result<RegionError, RegionError> {
+    let load = |index: usize| {
+        words
+            .get(index)
+            .map_or(0, |word| word.load(Ordering::Relaxed))
+    };
+    let found = load(0);
+    if found != expected {
+        return Err(RegionError::Magic { found, expected });
+    }
+    fence(Ordering::Acquire); // SYNC format
+    if load(1) != u64::from(ABI_VERSION) {
+        return Err(RegionError::Abi { found: load(1) });
+    }
+    let wrong = RegionError::Length {
+        claimed: load(2),
+        words: words.len(),
+    };
+    if load(2) == words.len() as u64 && words.len() >= HEADER_WORDS {
+        Ok(wrong)
+    } else {
+        Err(wrong)
+    }
+}
+
 /// A fib region whose header has been checked.
 #[derive(Debug, Clone, Copy)]
 pub struct Region<'r> {
@@ -186,35 +213,13 @@ impl<'r> Region<'r> {
     /// # Errors
     /// When the magic, the version or the size is wrong.
     pub fn attach(words: &'r [Word]) -> Result<Self, RegionError> {
-        let load = |index: usize| {
-            words
-                .get(index)
-                .map_or(0, |word| word.load(Ordering::Relaxed))
-        };
-        let magic = load(0);
-        if magic != FIB_MAGIC {
-            return Err(RegionError::Magic {
-                found: magic,
-                expected: FIB_MAGIC,
-            });
-        }
-        fence(Ordering::Acquire); // SYNC format
-        if load(1) != u64::from(ABI_VERSION) {
-            return Err(RegionError::Abi { found: load(1) });
-        }
-        let wrong = RegionError::Length {
-            claimed: load(2),
-            words: words.len(),
-        };
-        let (Ok(slots), Ok(slot_words)) = (usize::try_from(load(3)), usize::try_from(load(4)))
-        else {
+        let wrong = check_header(words, FIB_MAGIC)?;
+        let load = |index: usize| usize::try_from(words[index].load(Ordering::Relaxed));
+        let (Ok(slots), Ok(slot_words)) = (load(3), load(4)) else {
             return Err(wrong);
         };
         let possible = (2..=SLOTS).contains(&slots) && slot_words <= words.len();
-        if load(2) != words.len() as u64
-            || !possible
-            || words.len() != region_words(slots, slot_words)
-        {
+        if !possible || words.len() != region_words(slots, slot_words) {
             return Err(wrong);
         }
         Ok(Self {

@@ -26,7 +26,7 @@ use alloc::vec::Vec;
 
 use crate::ABI_VERSION;
 use crate::drop_reason::DropReason;
-use crate::publish::{ImageRef, RegionError};
+use crate::publish::{ImageRef, RegionError, check_header};
 use crate::sync::{Ordering, Word, fence};
 
 /// First word of a stats region: "RIPSSTA1".
@@ -327,29 +327,12 @@ impl<'r> Stats<'r> {
     /// # Errors
     /// When the magic, the version or the size is wrong.
     pub fn attach(words: &'r [Word]) -> Result<Self, RegionError> {
-        let load = |index: usize| {
-            words
-                .get(index)
-                .map_or(0, |word| word.load(Ordering::Relaxed))
-        };
-        let magic = load(0);
-        if magic != STATS_MAGIC {
-            return Err(RegionError::Magic {
-                found: magic,
-                expected: STATS_MAGIC,
-            });
+        let wrong = check_header(words, STATS_MAGIC)?;
+        if words.len() == STATS_WORDS {
+            Ok(Self { words })
+        } else {
+            Err(wrong)
         }
-        fence(Ordering::Acquire); // SYNC format
-        if load(1) != u64::from(ABI_VERSION) {
-            return Err(RegionError::Abi { found: load(1) });
-        }
-        if load(2) != STATS_WORDS as u64 || words.len() != STATS_WORDS {
-            return Err(RegionError::Length {
-                claimed: load(2),
-                words: words.len(),
-            });
-        }
-        Ok(Self { words })
     }
 
     /// Process id of the data plane that wrote the header.
