@@ -75,6 +75,13 @@ pub fn open(queues: usize) -> Result<Vec<TunQueue>, TunError> {
         format!("/proc/sys/net/ipv6/conf/{HOST_DOOR}/disable_ipv6"),
         "1",
     );
+    // Packets come in here while the way back may still lead through the standby. A reverse-path filter takes that for
+    // forgery, even a loose one (2, as systemd sets it for new devices), because this device has no address
+    // (net/ipv4/fib_frontend.c, `last_resort` in `__fib_validate_source`). The workers check each source.
+    let _ = std::fs::write(
+        format!("/proc/sys/net/ipv4/conf/{HOST_DOOR}/rp_filter"),
+        "0",
+    );
     set_up(QUEUE_PACKETS).map_err(|source| TunError::Refused {
         operation: "bring up",
         source,

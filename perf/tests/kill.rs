@@ -210,6 +210,12 @@ fn kill_the_dataplane(lab: &Lab, traffic: TrafficGroup, alone: bool) -> Result<(
     }
     assert_eq!(traffic.snapshot().reordered, 0, "by falling back");
 
+    if alone {
+        // Without a control plane the way back leads through the standby; a reverse-path filter, which systemd sets
+        // for every new device, must not mind.
+        let line = "echo 2 > /proc/sys/net/ipv4/conf/default/rp_filter";
+        node.output(&["sh", "-c", line])?;
+    }
     node.start_dataplane()?;
     if alone {
         // The table outlives its publisher: what comes in is taken by the workers at once.
