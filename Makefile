@@ -78,9 +78,10 @@ mutations: nightly
 $(TOOLS)/bin/cargo-fuzz:
 	$(CARGO) install --quiet --locked --root $(TOOLS) cargo-fuzz
 
+# New inputs go to a folder of their own; the kept corpus changes only when somebody commits to it.
 fuzz: nightly $(TOOLS)/bin/cargo-fuzz
-	for target in fib_image forward; do \
-	    (cd dataplane && PATH=$(TOOLS)/bin:$$PATH $(CARGO) +nightly fuzz run $$target -- \
-	        -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1) || exit 1; done
-	cd controlplane && PATH=$(TOOLS)/bin:$$PATH $(CARGO) +nightly fuzz run lease_file -- \
-	    -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1
+	set -e; for target in dataplane/fib_image dataplane/forward controlplane/lease_file; do \
+	    new=$(CURDIR)/target/fuzz-corpus/$$(basename $$target); mkdir -p $$new; \
+	    (cd $$(dirname $$target) && PATH=$(TOOLS)/bin:$$PATH $(CARGO) +nightly fuzz run $$(basename $$target) \
+	        $$new fuzz/corpus/$$(basename $$target) -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1); \
+	done

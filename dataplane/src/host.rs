@@ -335,6 +335,9 @@ fn start(
         2 * burst,
     );
     crate::port::Port::refill(&mut nic_queue, &mut umem);
+    // Vouched for from the first packet on: a process that is stopped before the watcher's first look is seen to be.
+    let belief_ns = map::monotonic_ns() + BELIEF_NS;
+    nic.program.keep_alive(config.queue, belief_ns)?;
     nic.program.register_socket(config.queue, handle.as_fd())?;
     regions.stats.write_identity(index, &identity);
     let mut worker = Worker::new(Parts {
