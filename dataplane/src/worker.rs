@@ -163,7 +163,7 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
         (&mut self.umem, &mut self.nic, &mut self.host)
     }
 
-    /// Moves to the image that the watcher has accepted, if that is a new one: one acquire load a turn.
+    /// Moves to the image that the watcher has accepted, if that is a new one: one load a turn while nothing changes.
     #[inline]
     fn follow_table(&mut self) {
         if self.reader.follow(self.accepted) {
