@@ -246,7 +246,7 @@ pub struct BusyPoll {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The directory cannot be listed.
-    #[error("{}: cannot list the configuration directory: {source}", .path.display())]
+    #[error("{}: cannot list the configuration directory: {source}: name the one that holds a file per NIC queue with --config-dir", .path.display())]
     Directory {
         /// Directory.
         path: PathBuf,
