@@ -426,6 +426,8 @@ fn identity(
         },
         frames: config.umem.frames(),
         frame_size: config.umem.frame_size().bytes(),
+        huge_pages: config.umem.huge_pages(),
+        numa_node: None,
     }
 }
 
