@@ -29,13 +29,17 @@ pub(crate) fn hash6(packet: &[u8], ip: &[u8; IPV6_LEN], seed: u64) -> u64 {
         Some(word) => u64::from_be_bytes(*word),
         None => 0,
     };
-    let source = (word(8) ^ seed).wrapping_mul(MULTIPLIER) ^ word(16);
-    let destination = (word(24) ^ seed.rotate_left(32)).wrapping_mul(MULTIPLIER) ^ word(32);
-    let mixed = (source ^ source >> 32).wrapping_mul(MULTIPLIER)
-        ^ (destination ^ destination >> 31)
-            .wrapping_mul(MULTIPLIER)
-            .rotate_left(23);
+    let source = product(word(8) ^ seed, word(16) ^ MULTIPLIER);
+    let destination = product(word(24) ^ seed.rotate_left(32), word(32) ^ !MULTIPLIER);
+    let mixed = source ^ destination.rotate_left(23);
     finish(mixed, transport(packet.get(IPV6_LEN..), ip[6], true))
+}
+
+/// Mixes two numbers: both halves of their product.
+#[inline]
+fn product(a: u64, b: u64) -> u64 {
+    let [low, high] = ripstop_fib::halves(u128::from(a) * u128::from(b));
+    low ^ high
 }
 
 /// Protocol and, if they are to be used and there, ports.
