@@ -733,7 +733,7 @@ impl Reconciler {
     fn keep_standby(&mut self, leases: &LeaseSet, underlay: &Underlay) -> Result<(), StepError> {
         let start = self.standby_since.take().unwrap_or_else(Instant::now);
         let mut errors = Vec::new();
-        self.remove_former()?;
+        errors.extend(self.remove_former().err());
         if let Backend::Udp { port } = self.settings.conf.backend {
             let ensured = Fou::open().and_then(|mut fou| fou.ensure(port));
             errors.extend(ensured.err().map(StepError::Fou));
@@ -805,7 +805,11 @@ impl Reconciler {
             Backend::Alloc | Backend::HostGw | Backend::Vxlan(_) | Backend::Ipip { .. } => None,
         };
         if let Some(former) = self.former_fou.filter(|former| Some(*former) != port) {
-            Fou::open()?.remove(former)?;
+            match Fou::open().and_then(|mut fou| fou.remove(former)) {
+                // What the kernel does not have, it does not hold.
+                Ok(_) | Err(FouError::Missing) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         self.former_fou = None;
         Ok(())

@@ -755,7 +755,11 @@ pub fn reconcile_peers(
         for failure in failures.extract_if(.., |failure| failure.refusal.errno == libc::EINVAL) {
             let bridged = match &slice[failure.index] {
                 PeerOp::SetRoute(route) => bridged(netlink, route)?,
-                _ => None,
+                PeerOp::SetNeighbour(..)
+                | PeerOp::SetFdb(..)
+                | PeerOp::DeleteRoute(_)
+                | PeerOp::DeleteNeighbour(_)
+                | PeerOp::DeleteFdb(_) => None,
             };
             match bridged {
                 Some(Ok(())) => {}
@@ -963,17 +967,17 @@ mod tests {
     }
 
     fn vxlan_of(link: &mut Link) -> &mut VxlanLink {
-        match &mut link.kind {
-            LinkKind::Vxlan(vxlan) => vxlan,
-            other => panic!("{other:?}"),
-        }
+        let LinkKind::Vxlan(vxlan) = &mut link.kind else {
+            panic!("{} is no VXLAN device", link.name)
+        };
+        vxlan
     }
 
     fn ipip_of(link: &mut Link) -> &mut IpipLink {
-        match &mut link.kind {
-            LinkKind::Ipip(ipip) => ipip,
-            other => panic!("{other:?}"),
-        }
+        let LinkKind::Ipip(ipip) = &mut link.kind else {
+            panic!("{} is no ipip device", link.name)
+        };
+        ipip
     }
 
     fn address(net: &str) -> Address {
