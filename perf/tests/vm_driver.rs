@@ -20,10 +20,10 @@ mod common;
 mod vm;
 
 use anyhow::{Result, ensure};
-use common::{check_conservation, check_no_damage, kernel_counters, quiet, refusals};
 use ripstop_fib::stats::Counter;
 use ripstop_perf::{Host, Lab, Ping, UDP_PAYLOAD_MIN, UdpFlow, Workers, udp_payload_max};
 use serde_json::json;
+use vm::Books;
 
 const QUEUES: u16 = 4;
 
@@ -82,12 +82,11 @@ fn workers_use_the_best_mode_of_the_driver_and_report_it() -> Result<()> {
 #[test]
 fn pods_talk_and_every_packet_and_frame_is_accounted_for() -> Result<()> {
     on_the_driver(|lab| {
-        let node = lab.node(1);
-        let (kernel, standby) = (kernel_counters(lab)?, node.standby_counters()?);
-        let before = quiet(lab, node)?;
-        let full = udp_payload_max(lab.pod_mtu());
         const PINGS: u16 = 5;
         const DATAGRAMS: u64 = 1600;
+        let node = lab.node(1);
+        let books = Books::open(lab)?;
+        let full = udp_payload_max(lab.pod_mtu());
         for (from, to) in lab.pod_pairs() {
             for ping in [Ping::new(from, to), Ping::new(from, to).full(lab.pod_mtu())] {
                 let report = ping.count(PINGS).run()?;
@@ -101,31 +100,18 @@ fn pods_talk_and_every_packet_and_frame_is_accounted_for() -> Result<()> {
                 .payload_sizes(&[UDP_PAYLOAD_MIN, 64, 512, full])
                 .run()?;
             println!("{report}");
-            let bad =
-                report.lost + report.duplicated + report.corrupt + report.foreign + report.refused;
+            let bad = report.lost + report.duplicated + report.corrupt + report.foreign;
             ensure!(report.received == DATAGRAMS && bad == 0, "{report}");
         }
         // Two rounds of pings from here and two from there: each is a packet in and a packet out.
-        let expected = DATAGRAMS + 4 * u64::from(PINGS);
-        let after = quiet(lab, node)?;
-        check_conservation(node.name(), &after)?;
-        check_no_damage(lab, &kernel)?;
-        assert_eq!(refusals(&after), refusals(&before));
-        for (what, counter) in [
-            ("in", Counter::NicRxPackets),
-            ("out", Counter::NicTxPackets),
-        ] {
-            let packets = after.total(counter) - before.total(counter);
-            assert_eq!(packets, expected, "packets {what} through the workers");
-        }
-        let grown = node.standby_counters()?;
-        assert_eq!(
-            (grown.rx_packets, grown.tx_packets),
-            (standby.rx_packets, standby.tx_packets),
-            "packets of the standby"
+        let packets = DATAGRAMS + 4 * u64::from(PINGS);
+        let by_standby = books.close(lab, |_node| (packets, packets))?;
+        let queues = per_queue(&node.workers()?);
+        println!("packets from the wire by queue: {queues:?}; on the standby: {by_standby}");
+        ensure!(
+            queues.iter().sum::<u64>() > 0,
+            "the workers have carried nothing"
         );
-        let queues = per_queue(&after);
-        println!("packets from the wire by queue: {queues:?}");
         Ok(())
     })
 }

@@ -33,7 +33,7 @@ fn flood(from: &Node, to: &Node) -> Result<u64> {
     let (near, far) = (from.index(), to.index());
     from.netns().run(|| {
         let write = |file: &str, line: &str| {
-            fs::write(format!("{CONTROL}/{file}"), line)
+            fs::write(format!("{CONTROL}/{file}"), format!("{line}\n"))
                 .with_context(|| format!("pktgen: {file}: {line}"))
         };
         write("kpktgend_0", "rem_device_all")?;

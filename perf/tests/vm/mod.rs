@@ -1,13 +1,21 @@
 //! What tests inside a guest of the VM lab share: the guest's kernel, its real NICs, its devices as the emulator sees them.
 
 use core::time::Duration;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
-use ripstop_perf::{Fabric, Host, Lab, Node, Ping, address, wait_until};
+use ripstop_fib::stats::{Counter, XdpCounter};
+use ripstop_perf::{
+    Fabric, Host, KernelCounters, Lab, LinkCounters, Node, Ping, Workers, address, wait_until,
+};
 use serde_json::Value;
+
+use crate::common::{
+    by_xdp, check_conservation, check_no_damage, kernel_counters, quiet, refused_since, xdp,
+};
 
 /// How long a wait may take in a guest that is itself waiting for its turn.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -138,4 +146,62 @@ pub(crate) fn run(argv: &[&str]) -> Result<String> {
     let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{}: {stderr}", argv.join(" "));
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// What the books of all Ripstop nodes say before some traffic, to be compared with what they say after it.
+///
+/// A guest shares its CPUs with whatever else its host does. When a worker does not get to run for a second, its packets
+/// take the kernel's path, as they must, and are no loss: they are counted on the standby device.
+pub(crate) struct Books {
+    kernel: Vec<(String, KernelCounters)>,
+    nodes: BTreeMap<u8, (Workers, LinkCounters)>,
+}
+
+impl Books {
+    pub(crate) fn open(lab: &Lab) -> Result<Self> {
+        let nodes = lab.ripstop_nodes().map(|node| {
+            let standby = node.standby_counters()?;
+            Ok((node.index(), (quiet(lab, node)?, standby)))
+        });
+        Ok(Self {
+            nodes: nodes.collect::<Result<_>>()?,
+            kernel: kernel_counters(lab)?,
+        })
+    }
+
+    /// Exactly so many packets came to each node from others and left it for others; none was refused or damaged, and all
+    /// frames are there. Says how many of them the standby has carried.
+    pub(crate) fn close(&self, lab: &Lab, expected: impl Fn(&Node) -> (u64, u64)) -> Result<u64> {
+        let mut by_standby = 0;
+        for node in lab.ripstop_nodes() {
+            let name = node.name();
+            let (before, standby_before) =
+                self.nodes.get(&node.index()).context("was read before")?;
+            let (after, standby) = (quiet(lab, node)?, node.standby_counters()?);
+            check_conservation(name, &after)?;
+            let grown = |counter| after.total(counter) - before.total(counter);
+            let (standby_in, standby_out) = (
+                standby.rx_packets - standby_before.rx_packets,
+                standby.tx_packets - standby_before.tx_packets,
+            );
+            let arrived = grown(Counter::NicRxPackets) + standby_in;
+            let left = grown(Counter::NicTxPackets) + standby_out;
+            let stalled = xdp(&after, XdpCounter::Stalled) - xdp(before, XdpCounter::Stalled);
+            let mut refused = refused_since(&after, before);
+            refused.remove(&by_xdp(XdpCounter::Stalled));
+            ensure!(refused.is_empty(), "refused by {name}: {refused:?}");
+            ensure!(
+                standby_in == stalled,
+                "{name}: {standby_in} packets on the standby, {stalled} were left to it"
+            );
+            ensure!(
+                (arrived, left) == expected(node),
+                "{name}: {arrived} packets arrived and {left} left; expected are {:?}; on the standby {standby_in}, {standby_out}",
+                expected(node)
+            );
+            by_standby += standby_in + standby_out;
+        }
+        check_no_damage(lab, &self.kernel)?;
+        Ok(by_standby)
+    }
 }
