@@ -7,9 +7,9 @@
 use ripstop_fib::publish::ImageRef;
 use ripstop_fib::stats::{NicStats, Stats, XdpCounter};
 use ripstop_fib::sync::Ordering;
-use ripstop_fib::{Image, ImageError, Reader, Region};
+use ripstop_fib::{Image, ImageError, Node, Reader, Region};
 
-use crate::xdp::TunnelMatch;
+use crate::xdp::{Match, Tunnel, TunnelMatch};
 
 /// Follows the fib region for the workers.
 #[derive(Debug)]
@@ -70,11 +70,7 @@ impl<'r> TableWatcher<'r> {
                 self.stats.accepted().store(found.0, Ordering::Release);
                 core::mem::swap(&mut self.accepted, &mut self.checking);
                 self.checking.unpin();
-                let tunnel = TunnelMatch {
-                    local: node.local,
-                    port: node.udp_port,
-                    vni: node.vni,
-                };
+                let tunnel = tunnel_match(&node);
                 Some(Ok(Accepted {
                     generation: found.generation(),
                     tunnel,
@@ -87,6 +83,21 @@ impl<'r> TableWatcher<'r> {
                 Some(Err(error))
             }
         }
+    }
+}
+
+/// What is ours on a NIC of this node.
+fn tunnel_match(node: &Node) -> TunnelMatch {
+    TunnelMatch {
+        tunnel: Tunnel::Vxlan {
+            port: node.udp_port,
+            vni: node.vni,
+        },
+        v4: Some(Match {
+            local: node.local,
+            direct: None,
+        }),
+        ..TunnelMatch::OFF
     }
 }
 
