@@ -80,7 +80,7 @@ fn encapsulated(
             ))
         }
         Hop::Local => Err(DropReason::LocalDestination),
-        Hop::Unresolved => Err(DropReason::Unresolved),
+        Hop::Unresolved | Hop::Via(..) | Hop::Paths(_) => Err(DropReason::Unresolved),
         Hop::None => Err(DropReason::NoRoute),
     }
 }

@@ -24,16 +24,16 @@ use crossbeam::channel::{Receiver, RecvTimeoutError};
 use crossbeam::utils::CachePadded;
 use ripstop_fib::map::{self, MapError, Mapping, ProcessLock};
 use ripstop_fib::stats::{KernelCounter, Mode, Polling, Stats, WorkerIdentity};
-use ripstop_fib::{Reader, Region};
+use ripstop_fib::{Node, Reader, Region};
 
 use crate::config::{self, ConfigErrors, HostFacts, WorkerConfig};
 use crate::nic::Nic;
 use crate::nic_queue::NicQueue;
 use crate::pace::{self, Pace, Waker};
 use crate::tun::{self, TunError, TunQueue};
-use crate::watcher::{self, TableWatcher};
+use crate::watcher::{self, Accepted, TableWatcher};
 use crate::worker::{Parts, Worker};
-use crate::xdp::{AttachMode, AttachedMode, XdpError, XdpProgram};
+use crate::xdp::{AttachMode, AttachedMode, TunnelMatch, XdpError, XdpProgram};
 
 /// How often the watcher looks for a new table.
 const WATCH: Duration = Duration::from_millis(2);
@@ -218,6 +218,8 @@ struct AttachedNic {
     program: XdpProgram,
     mode: AttachedMode,
     index: usize,
+    /// What the program takes for ours.
+    ours: TunnelMatch,
 }
 
 fn attach_programs(
@@ -248,6 +250,7 @@ fn attach_programs(
                 program,
                 mode,
                 index,
+                ours: TunnelMatch::OFF,
             },
         );
     }
@@ -426,6 +429,8 @@ fn identity(
         },
         frames: config.umem.frames(),
         frame_size: config.umem.frame_size().bytes(),
+        huge_pages: config.umem.huge_pages(),
+        numa_node: None,
     }
 }
 
@@ -449,23 +454,21 @@ fn watch(
     signals: &Receiver<i32>,
 ) -> Result<(), HostError> {
     let mut tables = TableWatcher::new(regions.fib, regions.stats);
-    let mut tunnel = None;
+    let mut door = DoorMtu::default();
     let mut looks = 0;
     loop {
-        match tables.look() {
+        match tables.look(|node| door.before(node)) {
             Some(Ok(accepted)) => {
                 tracing::info!(
                     generation = accepted.generation,
                     bytes = accepted.bytes,
                     "table accepted"
                 );
-                if tunnel != Some(accepted.tunnel) {
-                    for attached in nics.values_mut() {
-                        attached.program.configure(&accepted.tunnel)?;
-                    }
-                    tunnel = Some(accepted.tunnel);
+                for attached in nics.values_mut() {
+                    configure(attached, &accepted.node)?;
                 }
                 running.iter().for_each(|worker| worker.waker.wake());
+                door.accepted(&accepted);
             }
             Some(Err(error)) => {
                 tracing::error!(%error, "new table refused, the workers go on with the one they have");
@@ -475,6 +478,7 @@ fn watch(
         if looks % STATISTICS_LOOKS == 0 {
             publish_statistics(regions.stats, nics, running)?;
             vouch(regions.stats, nics)?;
+            door.follow(regions.stats);
         }
         looks += 1;
         match signals.recv_timeout(WATCH) {
@@ -484,6 +488,91 @@ fn watch(
                 return Ok(());
             }
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+    }
+}
+
+/// Tells a NIC's XDP program what is ours, if that has changed.
+fn configure(attached: &mut AttachedNic, node: &Node) -> Result<(), HostError> {
+    let ours = watcher::tunnel_match(node, attached.nic.index);
+    if ours == attached.ours {
+        return Ok(());
+    }
+    if ours == TunnelMatch::OFF {
+        tracing::info!(
+            nic = attached.nic.name,
+            "the table does not name this NIC: the kernel gets all of its packets"
+        );
+        attached.program.disable()?;
+    } else {
+        attached.program.configure(&ours)?;
+    }
+    attached.ours = ours;
+    Ok(())
+}
+
+/// Keeps the host door's MTU at what the table says.
+///
+/// A worker drops what is longer than its table allows, so that the kernel must not hand it such a packet: a smaller
+/// MTU comes into force before the workers see the new table, a larger one when they all have. From then on it is
+/// compared again and again, because anybody may change it.
+#[derive(Debug, Default)]
+struct DoorMtu {
+    wanted: Option<u16>,
+    /// Generation of the table that says so.
+    generation: u64,
+    /// What went wrong last, so that it is said once.
+    complaint: Option<String>,
+}
+
+impl DoorMtu {
+    /// Called with a table that no worker has seen.
+    fn before(&mut self, node: &Node) {
+        let Some(mtu) = watcher::host_door_mtu(node) else {
+            return;
+        };
+        if node.v6.is_some() {
+            let outcome = tun::enable_ipv6();
+            self.complain(outcome, "IPv6 is off on", "ipv6.disable=0 on the kernel's command line and /proc/sys/net/ipv6/conf/rip0/disable_ipv6 must allow it");
+        }
+        if tun::mtu().is_ok_and(|current| u32::from(mtu) < current) {
+            self.set(mtu);
+        }
+    }
+
+    /// Called when the workers may use the table.
+    fn accepted(&mut self, accepted: &Accepted) {
+        self.wanted = watcher::host_door_mtu(&accepted.node);
+        self.generation = accepted.generation;
+    }
+
+    fn follow(&mut self, stats: Stats<'_>) {
+        let Some(wanted) = self.wanted else { return };
+        let now = map::monotonic_ns();
+        let behind = stats.workers().into_iter().any(|worker| {
+            let moving = now.saturating_sub(worker.heartbeat_ns) < HEARTBEAT_MAX_NS;
+            moving && worker.generation != self.generation
+        });
+        if !behind && tun::mtu().is_ok_and(|current| u32::from(wanted) != current) {
+            self.set(wanted);
+        }
+    }
+
+    fn set(&mut self, mtu: u16) {
+        let outcome = tun::set_mtu(mtu);
+        if outcome.is_ok() {
+            tracing::info!(mtu, "{} follows the table's MTU", tun::HOST_DOOR);
+        }
+        let advice = format!("ip link set dev {} mtu {mtu}", tun::HOST_DOOR);
+        self.complain(outcome, "the MTU cannot be changed on", &advice);
+    }
+
+    fn complain(&mut self, outcome: io::Result<()>, what: &str, advice: &str) {
+        let Err(error) = outcome else { return };
+        let text = format!("{what} {}: {error}; {advice}", tun::HOST_DOOR);
+        if self.complaint.as_ref() != Some(&text) {
+            tracing::error!("{text}");
+            self.complaint = Some(text);
         }
     }
 }

@@ -33,15 +33,21 @@ impl<'r> Table<'r> {
     /// Reads the node's facts out of an image.
     pub fn new(image: Image<'r>) -> Self {
         let Node {
-            local,
+            v4,
             udp_port,
             vni,
-            vtep_mac,
-            subnet,
-            pod_mtu,
             flow_seed,
             ..
         } = image.node();
+        let (local, subnet, pod_mtu, vtep_mac) = match v4 {
+            Some(v4) => (v4.address, v4.subnet, v4.pod_mtu, v4.vtep_mac),
+            None => (
+                core::net::Ipv4Addr::UNSPECIFIED,
+                (core::net::Ipv4Addr::UNSPECIFIED, 32),
+                0,
+                [0; 6],
+            ),
+        };
         Self {
             image,
             local: local.into(),

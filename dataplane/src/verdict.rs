@@ -1,6 +1,6 @@
 //! What `forward` decides about one packet. There is no third way: a packet goes on, or it is dropped for one reason.
 
-pub use ripstop_fib::DropReason;
+pub use ripstop_fib::{DropReason, HEADER_MAX};
 
 /// Length of the header that [`FromHost::Send`] pushes: outer Ethernet to inner Ethernet.
 pub const HEADER_LEN: usize = 64;

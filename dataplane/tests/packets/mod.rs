@@ -5,10 +5,12 @@
     reason = "each test binary uses a part of it"
 )]
 
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 
 use ripstop_fib::sync::words;
-use ripstop_fib::{Adjacency, ImageBuilder, Node, Route, Word};
+use ripstop_fib::{
+    Adjacency, Backend, Dscp, Ethernet, ImageBuilder, Local, NICS, NicRecord, Node, Route, Word,
+};
 
 /// An inner IPv4 packet with a UDP-like transport header.
 #[derive(Debug, Clone)]
@@ -124,7 +126,7 @@ impl Default for Tunnel {
             flags: 0x0800_0000,
             vni: 1,
             reserved: 0,
-            inner_destination: local_node().vtep_mac,
+            inner_destination: vtep_mac(1),
             inner_source: [2, 0x52, 0x53, 0, 0, 2],
             inner_ether_type: 0x0800,
             inner: Inner::default(),
@@ -160,7 +162,7 @@ impl Tunnel {
         let checksum = checksum(&ip).wrapping_add(self.checksum_error);
         ip[10..12].copy_from_slice(&checksum.to_be_bytes());
 
-        let mut frame = vec![2, 0xee, 0, 0, 0, 1, 2, 0xee, 0, 0, 0, 2];
+        let mut frame = [nic_mac(1), nic_mac(2)].concat();
         frame.extend(self.ether_type.to_be_bytes());
         frame.extend(ip);
         frame.extend(40000u16.to_be_bytes());
@@ -190,23 +192,64 @@ pub(crate) fn checksum(bytes: &[u8]) -> u16 {
     !u16::try_from(sum).unwrap()
 }
 
-/// A node of the test cluster: node `n` has the address 10.199.0.(10+n), the lease 10.244.n.0/24.
+/// NIC of the test cluster's nodes, and its index.
+pub(crate) const NIC: u32 = 2;
+
+/// A node of the test cluster: node `n` has the addresses 10.199.0.(10+n) and fd00:199::1n, the leases 10.244.n.0/24
+/// and fd10:244:0:n::/64.
 pub(crate) fn node(number: u8) -> Node {
+    let mut nics = [NicRecord::default(); NICS];
+    nics[0].ifindex = NIC;
     Node {
-        local: Ipv4Addr::new(10, 199, 0, 10 + number),
+        backend: Backend::Vxlan,
+        v4: Some(Local {
+            address: Ipv4Addr::new(10, 199, 0, 10 + number),
+            subnet: (Ipv4Addr::new(10, 244, number, 0), 24),
+            network: (Ipv4Addr::new(10, 244, 0, 0), 16),
+            pod_mtu: 1450,
+            vtep_mac: [2, 0x52, 0x53, 0, 0, number],
+        }),
+        v6: Some(Local {
+            address: Ipv6Addr::new(0xfd00, 0x199, 0, 0, 0, 0, 0, 0x10 + u16::from(number)),
+            subnet: (
+                Ipv6Addr::new(0xfd10, 0x244, 0, number.into(), 0, 0, 0, 0),
+                64,
+            ),
+            network: (Ipv6Addr::new(0xfd10, 0x244, 0, 0, 0, 0, 0, 0), 48),
+            pod_mtu: 1430,
+            vtep_mac: [2, 0x52, 0x53, 0, 6, number],
+        }),
         udp_port: 8472,
         vni: 1,
-        vtep_mac: [2, 0x52, 0x53, 0, 0, number],
-        subnet: (Ipv4Addr::new(10, 244, number, 0), 24),
-        pod_mtu: 1450,
-        underlay_ifindex: 2,
+        direct: false,
+        dscp: Dscp::Fixed(0),
         flow_seed: 0x5eed,
+        nics,
     }
 }
 
 /// Node 1, which "we" are.
 pub(crate) fn local_node() -> Node {
     node(1)
+}
+
+/// MAC of node `n`'s NIC.
+pub(crate) fn nic_mac(number: u8) -> [u8; 6] {
+    [2, 0xee, 0, 0, 0, number]
+}
+
+/// MAC of the VTEP of an address family of node `n`.
+pub(crate) fn vtep_mac(number: u8) -> [u8; 6] {
+    node(number).v4.unwrap().vtep_mac
+}
+
+/// The Ethernet header from one node to another.
+pub(crate) fn ethernet(from: u8, to: u8, vlan: Option<u16>) -> Ethernet {
+    Ethernet {
+        source: nic_mac(from),
+        destination: nic_mac(to),
+        vlan,
+    }
 }
 
 /// Our table: peers 2 and 3 reachable, peer 4 not resolved.
@@ -219,27 +262,56 @@ pub(crate) fn peer_table_words() -> Vec<Word> {
     words(&image_of(2))
 }
 
-/// The image of a node of the cluster of four.
+/// The image of a node of the cluster of four, with VXLAN.
 pub(crate) fn image_of(own: u8) -> Vec<u64> {
-    let us = node(own);
+    image_with(own, |_| {}, None)
+}
+
+/// The same with another node configuration, and a VLAN tag on the underlay.
+pub(crate) fn image_with(own: u8, change: impl Fn(&mut Node), vlan: Option<u16>) -> Vec<u64> {
+    let mut us = node(own);
+    change(&mut us);
     let mut builder = ImageBuilder::new(us);
-    builder.route4(us.subnet.0, us.subnet.1, Route::Local);
-    for peer in (1..=4u8).filter(|peer| *peer != own) {
+    for peer in 1..=4u8 {
         let them = node(peer);
-        let route = if peer == 4 {
-            Route::Unresolved
-        } else {
-            let header = Adjacency::vxlan4(
-                &us,
-                [2, 0xee, 0, 0, 0, own],
-                [2, 0xee, 0, 0, 0, peer],
-                them.local,
-                them.vtep_mac,
-            );
-            Route::Via(builder.adjacency(header))
-        };
-        builder.route4(them.subnet.0, them.subnet.1, route);
-        builder.peer4(them.local, them.subnet.0, them.subnet.1);
+        let ethernet = ethernet(own, peer, vlan);
+        if let (Some(ours), Some(theirs)) = (us.v4, them.v4) {
+            let route = if peer == own {
+                Route::Local
+            } else if peer == 4 {
+                Route::Unresolved
+            } else {
+                let to = theirs.address;
+                Route::Via(builder.adjacency(match us.backend {
+                    Backend::Vxlan => Adjacency::vxlan4(&us, ethernet, to, theirs.vtep_mac),
+                    Backend::Ipip => Adjacency::ipip(&us, ethernet, to),
+                    Backend::Udp => Adjacency::udp(&us, ethernet, to),
+                    Backend::HostGw | Backend::Alloc => Adjacency::direct4(ethernet),
+                }))
+            };
+            builder.route4(theirs.subnet.0, theirs.subnet.1, route);
+            if peer != own && ours.address != theirs.address {
+                builder.peer4(theirs.address, theirs.subnet.0, theirs.subnet.1);
+            }
+        }
+        if let (Some(_), Some(theirs)) = (us.v6, them.v6) {
+            let route = if peer == own {
+                Route::Local
+            } else if peer == 4 {
+                Route::Unresolved
+            } else {
+                Route::Via(builder.adjacency(match us.backend {
+                    Backend::Vxlan => {
+                        Adjacency::vxlan6(&us, ethernet, theirs.address, theirs.vtep_mac)
+                    }
+                    _ => Adjacency::direct6(ethernet),
+                }))
+            };
+            builder.route6(theirs.subnet.0, theirs.subnet.1, route);
+            if peer != own {
+                builder.peer6(theirs.address, theirs.subnet.0, theirs.subnet.1);
+            }
+        }
     }
     builder.build().unwrap()
 }
