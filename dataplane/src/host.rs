@@ -351,6 +351,7 @@ fn start(
         accepted: regions.stats.accepted(),
         stats: regions.stats,
         index,
+        ifindex: nic.nic.index,
         burst,
     });
     let stop = Arc::clone(stop);

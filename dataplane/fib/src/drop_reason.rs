@@ -102,8 +102,6 @@ drop_reasons! {
     SourceNotLocal = 35, "source_not_local";
     /// The packet came without a tunnel and its source is in no peer's lease: a stale lease table, or an attack.
     UnknownSource = 36, "unknown_source";
-    /// The frame is not addressed to the NIC's MAC: somebody else's frame on a NIC in promiscuous mode.
-    OuterMac = 37, "outer_mac";
 }
 
 impl DropReason {

@@ -41,7 +41,7 @@ pub use build::{
 pub use drop_reason::DropReason;
 pub use image::{Hop, Image, ImageError};
 pub use lpm::{AdjacencyId, Encap, PathsId};
-pub use node::{Backend, Dscp, Local, NICS, NicRecord, Node, UPLINKS};
+pub use node::{Backend, Dscp, Local, NICS, NicRecord, Node, UPLINKS, halves};
 pub use peers::PeerCheck;
 pub use publish::{Publisher, Reader, Region};
 pub use sync::Word;

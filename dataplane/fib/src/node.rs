@@ -257,7 +257,7 @@ fn local<A>([address, subnet, network]: [A; 3], sizes: u64, mac: u64) -> Local<A
     clippy::cast_possible_truncation,
     reason = "the halves are what is wanted"
 )]
-pub(crate) fn halves(number: u128) -> [u64; 2] {
+pub fn halves(number: u128) -> [u64; 2] {
     [number as u64, (number >> 64) as u64]
 }
 

@@ -7,6 +7,9 @@
 
 use core::net::{Ipv4Addr, Ipv6Addr};
 
+use ripstop_dataplane::forward;
+use ripstop_dataplane::table::Table;
+use ripstop_dataplane::verdict::{DropReason, FromHost, HEADER_MAX};
 use ripstop_fib::sync::words;
 use ripstop_fib::{
     Adjacency, Backend, Dscp, Ethernet, ImageBuilder, Local, NICS, NicRecord, Node, Route, Word,
@@ -304,7 +307,9 @@ pub(crate) fn image_with(own: u8, change: impl Fn(&mut Node), vlan: Option<u16>)
                     Backend::Vxlan => {
                         Adjacency::vxlan6(&us, ethernet, theirs.address, theirs.vtep_mac)
                     }
-                    _ => Adjacency::direct6(ethernet),
+                    Backend::HostGw | Backend::Alloc | Backend::Ipip | Backend::Udp => {
+                        Adjacency::direct6(ethernet)
+                    }
                 }))
             };
             builder.route6(theirs.subnet.0, theirs.subnet.1, route);
@@ -314,4 +319,223 @@ pub(crate) fn image_with(own: u8, change: impl Fn(&mut Node), vlan: Option<u16>)
         }
     }
     builder.build().unwrap()
+}
+
+/// The frame that a packet from the host becomes.
+pub(crate) fn sent(packet: &[u8], table: &Table<'_>) -> Result<Vec<u8>, DropReason> {
+    let mut front = [0xa5; HEADER_MAX];
+    match forward::from_host(packet, &mut front, table, 77) {
+        FromHost::Send { push } => Ok([&front[HEADER_MAX - push..], packet].concat()),
+        FromHost::Drop(reason) => Err(reason),
+    }
+}
+
+/// An inner IPv6 packet; UDP with a right checksum unless told otherwise.
+#[derive(Debug, Clone)]
+pub(crate) struct Inner6 {
+    pub(crate) source: Ipv6Addr,
+    pub(crate) destination: Ipv6Addr,
+    pub(crate) class: u8,
+    pub(crate) flow_label: u32,
+    /// Extension headers, and what the IPv6 header says comes first.
+    pub(crate) extensions: (u8, Vec<u8>),
+    pub(crate) protocol: u8,
+    pub(crate) ports: (u16, u16),
+    /// Bytes behind the 8 bytes of the transport header.
+    pub(crate) payload: usize,
+    /// Added to the transport checksum; `None` leaves the checksum zero.
+    pub(crate) checksum_error: Option<u16>,
+    pub(crate) payload_len_error: i16,
+}
+
+impl Default for Inner6 {
+    fn default() -> Self {
+        Self {
+            source: Ipv6Addr::new(0xfd10, 0x244, 0, 2, 0, 0, 0, 7),
+            destination: Ipv6Addr::new(0xfd10, 0x244, 0, 1, 0, 0, 0, 5),
+            class: 0,
+            flow_label: 0x1234,
+            extensions: (17, Vec::new()),
+            protocol: 17,
+            ports: (1234, 80),
+            payload: 36,
+            checksum_error: Some(0),
+            payload_len_error: 0,
+        }
+    }
+}
+
+impl Inner6 {
+    /// The packet's bytes.
+    pub(crate) fn packet(&self) -> Vec<u8> {
+        let mut transport = self.ports.0.to_be_bytes().to_vec();
+        transport.extend(self.ports.1.to_be_bytes());
+        transport.extend(u16::try_from(8 + self.payload).unwrap().to_be_bytes());
+        transport.extend([0, 0]);
+        transport.extend((0..self.payload).map(|at| u8::try_from(at % 251).unwrap()));
+        if let Some(error) = self.checksum_error {
+            let sum = checksum6(self.source, self.destination, self.protocol, &transport);
+            transport[6..8].copy_from_slice(&sum.wrapping_add(error).to_be_bytes());
+        }
+        let (first, extensions) = &self.extensions;
+        let len = u16::try_from(extensions.len() + transport.len()).unwrap();
+        let mut packet = ip6(
+            self.source,
+            self.destination,
+            self.class,
+            self.flow_label,
+            *first,
+            len.wrapping_add_signed(self.payload_len_error),
+            63,
+        );
+        packet.extend(extensions);
+        packet.extend(transport);
+        packet
+    }
+}
+
+/// The UDP or TCP checksum over IPv6, computed from all bytes (RFC 8200 section 8.1).
+pub(crate) fn checksum6(
+    source: Ipv6Addr,
+    destination: Ipv6Addr,
+    protocol: u8,
+    segment: &[u8],
+) -> u16 {
+    let mut bytes = [source.octets(), destination.octets()].concat();
+    bytes.extend(u32::try_from(segment.len()).unwrap().to_be_bytes());
+    bytes.extend([0, 0, 0, protocol]);
+    bytes.extend(segment);
+    match checksum(&bytes) {
+        0 => 0xffff,
+        sum => sum,
+    }
+}
+
+fn ip6(
+    source: Ipv6Addr,
+    destination: Ipv6Addr,
+    class: u8,
+    flow_label: u32,
+    next: u8,
+    len: u16,
+    hop_limit: u8,
+) -> Vec<u8> {
+    let first = 6 << 28 | u32::from(class) << 20 | flow_label;
+    let mut ip = first.to_be_bytes().to_vec();
+    ip.extend(len.to_be_bytes());
+    ip.extend([next, hop_limit]);
+    ip.extend(source.octets());
+    ip.extend(destination.octets());
+    ip
+}
+
+/// A packet as another node sends it to node 1, for every backend: built plainly, without the code under test.
+#[derive(Debug, Clone)]
+pub(crate) struct Outer {
+    pub(crate) backend: Backend,
+    pub(crate) vlan: Option<u16>,
+    pub(crate) source4: Ipv4Addr,
+    pub(crate) source6: Ipv6Addr,
+    pub(crate) tos: u8,
+    /// Added to the outer UDP checksum over IPv6; `None` leaves it zero.
+    pub(crate) udp_checksum_error: Option<u16>,
+    /// Bytes behind the inner packet.
+    pub(crate) padding: usize,
+}
+
+impl Outer {
+    /// From node 2.
+    pub(crate) fn new(backend: Backend) -> Self {
+        let them = node(2);
+        Self {
+            backend,
+            vlan: None,
+            source4: them.v4.unwrap().address,
+            source6: them.v6.unwrap().address,
+            tos: 0,
+            udp_checksum_error: Some(0),
+            padding: 0,
+        }
+    }
+
+    /// Length of the outer headers of a packet of this family.
+    pub(crate) fn len(&self, version: u8) -> usize {
+        let tunnel = match (self.backend, version) {
+            (Backend::Vxlan, 4) => 20 + 8 + 8 + 14,
+            (Backend::Vxlan, _) => 40 + 8 + 8 + 14,
+            (Backend::Ipip, _) => 20,
+            (Backend::Udp, _) => 20 + 8,
+            (Backend::HostGw | Backend::Alloc, _) => 0,
+        };
+        14 + self.vlan.map_or(0, |_| 4) + tunnel
+    }
+
+    /// The frame around an inner packet.
+    pub(crate) fn frame(&self, inner: &[u8]) -> Vec<u8> {
+        let us = local_node();
+        let version = inner[0] >> 4;
+        let ether_type = if version == 6 { 0x86dd_u16 } else { 0x0800 };
+        let mut inner = inner.to_vec();
+        inner.resize(inner.len() + self.padding, 0);
+        let payload = match self.backend {
+            Backend::Vxlan => {
+                let macs = |node: Node| {
+                    if version == 6 {
+                        node.v6.unwrap().vtep_mac
+                    } else {
+                        node.v4.unwrap().vtep_mac
+                    }
+                };
+                let mut vxlan = vec![8, 0, 0, 0, 0, 0, 1, 0];
+                vxlan.extend(macs(us));
+                vxlan.extend(macs(node(2)));
+                vxlan.extend(ether_type.to_be_bytes());
+                vxlan.extend(&inner);
+                self.udp(version, 40_000, &vxlan)
+            }
+            Backend::Udp => self.udp(4, us.udp_port, &inner),
+            Backend::Ipip | Backend::HostGw | Backend::Alloc => inner,
+        };
+        let mut frame = [nic_mac(1), nic_mac(2)].concat();
+        if let Some(vlan) = self.vlan {
+            frame.extend([0x81, 0x00]);
+            frame.extend(vlan.to_be_bytes());
+        }
+        frame.extend(ether_type.to_be_bytes());
+        let len = u16::try_from(payload.len()).unwrap();
+        match (self.backend, version) {
+            (Backend::HostGw | Backend::Alloc, _) => {}
+            (Backend::Vxlan, 6) => {
+                let to = us.v6.unwrap().address;
+                frame.extend(ip6(self.source6, to, self.tos, 0, 17, len, 64));
+            }
+            (backend, _) => {
+                let protocol = if backend == Backend::Ipip { 4 } else { 17 };
+                let mut ip = vec![0x45, self.tos];
+                ip.extend((len + 20).to_be_bytes());
+                ip.extend([0x43, 0x21, 0, 0, 64, protocol, 0, 0]);
+                ip.extend(self.source4.octets());
+                ip.extend(us.v4.unwrap().address.octets());
+                let checksum = checksum(&ip);
+                ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+                frame.extend(ip);
+            }
+        }
+        frame.extend(payload);
+        frame
+    }
+
+    fn udp(&self, version: u8, source_port: u16, payload: &[u8]) -> Vec<u8> {
+        let us = local_node();
+        let mut udp = source_port.to_be_bytes().to_vec();
+        udp.extend(us.udp_port.to_be_bytes());
+        udp.extend(u16::try_from(8 + payload.len()).unwrap().to_be_bytes());
+        udp.extend([0, 0]);
+        udp.extend(payload);
+        if let (6, Some(error)) = (version, self.udp_checksum_error) {
+            let sum = checksum6(self.source6, us.v6.unwrap().address, 17, &udp);
+            udp[6..8].copy_from_slice(&sum.wrapping_add(error).to_be_bytes());
+        }
+        udp
+    }
 }
