@@ -926,7 +926,7 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// A list such as `0-3,8`.
-fn parse_cpu_list(list: &str) -> Option<BTreeSet<u32>> {
+pub(crate) fn parse_cpu_list(list: &str) -> Option<BTreeSet<u32>> {
     let mut cpus = BTreeSet::new();
     for range in list.split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -935,7 +935,7 @@ fn parse_cpu_list(list: &str) -> Option<BTreeSet<u32>> {
     Some(cpus)
 }
 
-fn format_cpu_list(cpus: &BTreeSet<u32>) -> String {
+pub(crate) fn format_cpu_list(cpus: &BTreeSet<u32>) -> String {
     let mut ranges: Vec<(u32, u32)> = Vec::new();
     for &cpu in cpus {
         match ranges.last_mut() {

@@ -142,6 +142,63 @@ impl Nic {
     }
 }
 
+/// Whether the NIC takes VLAN tags off the frames that it receives.
+///
+/// # Errors
+/// When there is no such NIC.
+pub fn rx_vlan_offload(name: &str) -> io::Result<bool> {
+    let mut flags = EthtoolValue {
+        command: ETHTOOL_GFLAGS,
+        value: 0,
+    };
+    Control::open(name)
+        .and_then(|control| control.ethtool(&mut flags, "features"))
+        .map_err(kernels_answer)?;
+    Ok(flags.value & ETH_FLAG_RXVLAN != 0)
+}
+
+/// Has the NIC take VLAN tags off the frames that it receives, or leave them there.
+///
+/// # Errors
+/// When there is no such NIC, or its driver does not change this.
+pub fn set_rx_vlan_offload(name: &str, on: bool) -> io::Result<()> {
+    let control = Control::open(name).map_err(kernels_answer)?;
+    let mut flags = EthtoolValue {
+        command: ETHTOOL_GFLAGS,
+        value: 0,
+    };
+    control
+        .ethtool(&mut flags, "features")
+        .map_err(kernels_answer)?;
+    flags.command = ETHTOOL_SFLAGS;
+    flags.value = if on {
+        flags.value | ETH_FLAG_RXVLAN
+    } else {
+        flags.value & !ETH_FLAG_RXVLAN
+    };
+    match control.ethtool(&mut flags, "features") {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(io::ErrorKind::Unsupported.into()),
+        Err(error) => Err(kernels_answer(error)),
+    }
+}
+
+fn kernels_answer(error: NicError) -> io::Error {
+    match error {
+        NicError::Question { source, .. } => source,
+        other @ (NicError::Unknown { .. }
+        | NicError::BadName { .. }
+        | NicError::NotEthernet { .. }) => io::Error::other(other),
+    }
+}
+
+/// `struct ethtool_value` (linux/ethtool.h).
+#[repr(C)]
+struct EthtoolValue {
+    command: u32,
+    value: u32,
+}
+
 /// `struct ethtool_drvinfo` (linux/ethtool.h).
 #[repr(C)]
 struct EthtoolDriver {
@@ -170,7 +227,13 @@ struct EthtoolChannels {
 const _: () = assert!(size_of::<EthtoolDriver>() == 196);
 const _: () = assert!(size_of::<EthtoolChannels>() == 36);
 
+const _: () = assert!(size_of::<EthtoolValue>() == 8);
+
 const ETHTOOL_GDRVINFO: u32 = 0x03;
+const ETHTOOL_GFLAGS: u32 = 0x25;
+const ETHTOOL_SFLAGS: u32 = 0x26;
+/// NETIF_F_HW_VLAN_CTAG_RX among the flags.
+const ETH_FLAG_RXVLAN: u32 = 1 << 8;
 const ETHTOOL_GCHANNELS: u32 = 0x3c;
 
 /// Structures that the kernel accepts behind `ifr_data` of SIOCETHTOOL.
@@ -184,6 +247,9 @@ unsafe trait EthtoolCommand {}
 unsafe impl EthtoolCommand for EthtoolDriver {}
 // SAFETY: mirrors the kernel's struct, size asserted above, plain integers.
 unsafe impl EthtoolCommand for EthtoolChannels {}
+
+// SAFETY: mirrors the kernel's struct, size asserted above, plain integers.
+unsafe impl EthtoolCommand for EthtoolValue {}
 
 /// A socket to ask about one interface through.
 struct Control {
