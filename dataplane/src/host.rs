@@ -12,7 +12,7 @@
 
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,7 @@ use ripstop_fib::{Node, Reader, Region};
 use crate::config::{self, ConfigErrors, HostFacts, WorkerConfig};
 use crate::nic::Nic;
 use crate::nic_queue::NicQueue;
+use crate::nic_settings::{NicSettings, Setting};
 use crate::pace::{self, Pace, Waker};
 use crate::tun::{self, TunError, TunQueue};
 use crate::watcher::{self, Accepted, TableWatcher};
@@ -159,7 +160,9 @@ pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> 
     let (workers, facts) = check(&options.config_dir)?;
     let lock = ProcessLock::acquire(&options.run_dir, map::DATAPLANE_LOCK)?;
     let regions = Regions::open(&options.run_dir)?;
+    let mut settings = NicSettings::open(&options.run_dir);
     let mut nics = attach_programs(&workers, &facts)?;
+    tune(&mut settings, &workers, &nics);
     let doors = tun::open(workers.len())?;
     let stop = Arc::new(CachePadded::new(AtomicBool::new(false)));
     let mut running = Vec::new();
@@ -167,7 +170,8 @@ pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> 
         let Some(nic) = nics.get_mut(&config.nic) else {
             continue;
         };
-        running.push(start(index, config, nic, door, regions, &stop)?);
+        let node = facts.node_of(&nic.nic);
+        running.push(start(index, config, nic, node, door, regions, &stop)?);
     }
     regions.stats.announce(workers.len(), nics.len());
     tracing::info!(
@@ -176,8 +180,9 @@ pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> 
         "data plane is up, waiting for tables"
     );
 
-    let outcome = watch(regions, &mut nics, &running, signals);
+    let outcome = watch(regions, &mut nics, &mut settings, &running, signals);
     shut_down(regions.stats, &mut nics, running, &stop);
+    settings.restore();
     // With the lock gone nobody takes these workers for living ones, and their last counters can be read.
     drop(lock);
     regions.stats.announce(workers.len(), nics.len());
@@ -293,6 +298,7 @@ fn start(
     index: usize,
     config: &WorkerConfig,
     nic: &mut AttachedNic,
+    node: Option<u32>,
     door: TunQueue,
     regions: Regions,
     stop: &Arc<CachePadded<AtomicBool>>,
@@ -305,7 +311,16 @@ fn start(
         file: config.file.clone(),
         source,
     };
-    let mut umem = Umem::new(&umem_options(config)).map_err(socket_error)?;
+    let mut umem = Umem::new(&umem_options(config, node)).map_err(socket_error)?;
+    let lies_on = node.and_then(|_| umem.numa_node());
+    if lies_on != node {
+        tracing::warn!(
+            nic = config.nic,
+            queue = config.queue,
+            wanted = node,
+            "the packet memory does not lie on the NIC's NUMA node alone: free memory there, or widen the process's cpuset.mems"
+        );
+    }
     let interface = Interface::by_index(nic.nic.index).map_err(socket_error)?;
     let options = socket_options(config);
     let Socket {
@@ -313,13 +328,18 @@ fn start(
         transmitter,
         handle,
     } = Socket::open(&mut umem, &interface, config.queue, &options).map_err(socket_error)?;
-    let identity = identity(config, nic.mode, &handle);
+    let identity = WorkerIdentity {
+        numa_node: lies_on.and_then(|node| u16::try_from(node).ok()),
+        ..identity(config, nic.mode, &handle)
+    };
     tracing::info!(
         nic = config.nic,
         queue = config.queue,
         cpu = config.cpu,
         mode = identity.mode.name(),
         polling = identity.polling.name(),
+        huge_pages = identity.huge_pages,
+        numa_node = identity.numa_node,
         "worker starts"
     );
     let waker = Waker::new().map_err(thread_error)?;
@@ -381,12 +401,13 @@ fn start(
     })
 }
 
-fn umem_options(config: &WorkerConfig) -> UmemOptions {
+fn umem_options(config: &WorkerConfig, node: Option<u32>) -> UmemOptions {
     UmemOptions {
         frames: config.umem.frames(),
         frame_size: config.umem.frame_size().bytes(),
         memory: Memory::File,
         huge_pages: config.umem.huge_pages(),
+        numa_node: node,
         ..UmemOptions::default()
     }
 }
@@ -451,6 +472,7 @@ impl Drop for AbortOnPanic {
 fn watch(
     regions: Regions,
     nics: &mut BTreeMap<String, AttachedNic>,
+    settings: &mut NicSettings,
     running: &[Running],
     signals: &Receiver<i32>,
 ) -> Result<(), HostError> {
@@ -466,7 +488,7 @@ fn watch(
                     "table accepted"
                 );
                 for attached in nics.values_mut() {
-                    configure(attached, &accepted.node)?;
+                    configure(attached, &accepted.node, settings)?;
                 }
                 running.iter().for_each(|worker| worker.waker.wake());
                 door.accepted(&accepted);
@@ -494,7 +516,11 @@ fn watch(
 }
 
 /// Tells a NIC's XDP program what is ours, if that has changed.
-fn configure(attached: &mut AttachedNic, node: &Node) -> Result<(), HostError> {
+fn configure(
+    attached: &mut AttachedNic,
+    node: &Node,
+    settings: &mut NicSettings,
+) -> Result<(), HostError> {
     let ours = watcher::tunnel_match(node, attached.nic.index);
     if ours == attached.ours {
         return Ok(());
@@ -506,10 +532,88 @@ fn configure(attached: &mut AttachedNic, node: &Node) -> Result<(), HostError> {
         );
         attached.program.disable()?;
     } else {
+        keep_tags(settings, &attached.nic, ours.vlan.is_some());
         attached.program.configure(&ours)?;
     }
     attached.ours = ours;
     Ok(())
+}
+
+/// Sees to it that the VLAN tags of received frames stay in the frame where ours are tagged: the XDP program cannot see
+/// one that the NIC has taken off, and would hand the packets of one VLAN over for those of another.
+fn keep_tags(settings: &mut NicSettings, nic: &Nic, tagged: bool) {
+    if !tagged {
+        settings.put_back(nic, Setting::RxVlanOffload);
+        return;
+    }
+    if let Err(error) = settings.set(nic, Setting::RxVlanOffload, "off") {
+        tracing::error!(%error, "frames arrive without their VLAN tag and go the kernel's way; ethtool -K {} rxvlan off", nic.name);
+    }
+}
+
+/// Changes on the NICs what the configuration asks for. None of it is needed for a packet to arrive, so that a refusal
+/// is told and no more.
+fn tune(
+    settings: &mut NicSettings,
+    workers: &[WorkerConfig],
+    nics: &BTreeMap<String, AttachedNic>,
+) {
+    let sleepless: BTreeSet<u32> = workers
+        .iter()
+        .filter(|worker| worker.polling == config::Polling::Busy)
+        .map(|worker| worker.cpu)
+        .collect();
+    for worker in workers {
+        let Some(nic) = nics.get(&worker.nic).map(|attached| &attached.nic) else {
+            continue;
+        };
+        let mut set = |setting, value: &str, advice: &str| {
+            if let Err(error) = settings.set(nic, setting, value) {
+                tracing::warn!("{error}; {advice}");
+            }
+        };
+        if let Some(deferral) = worker.napi_deferral {
+            let nanoseconds = u64::from(deferral.timeout_microseconds) * 1000;
+            let advice = "leave napiDeferral out, or let the process write to sysfs";
+            // The timeout first: interrupts that are put off without one would not come back.
+            set(Setting::GroFlushTimeout, &nanoseconds.to_string(), advice);
+            let hard_irqs = deferral.hard_irqs.to_string();
+            set(Setting::NapiDeferHardIrqs, &hard_irqs, advice);
+        }
+        let on_worker_cpu = match (worker.interrupt, worker.polling) {
+            (config::Interrupt::Keep, _) => continue,
+            (config::Interrupt::WorkerCpu, _)
+            | (config::Interrupt::Auto, config::Polling::Adaptive) => true,
+            (config::Interrupt::OtherCpus, _)
+            | (config::Interrupt::Auto, config::Polling::Busy) => false,
+        };
+        let Some(irq) = settings.queue_interrupt(nic, worker.queue) else {
+            tracing::info!(
+                nic = nic.name,
+                queue = worker.queue,
+                "no interrupt is known to be this queue's, so none is moved"
+            );
+            continue;
+        };
+        let cpus = if on_worker_cpu {
+            Some(worker.cpu.to_string())
+        } else {
+            settings.cpus_except(&sleepless)
+        };
+        match cpus {
+            Some(cpus) => {
+                let advice = "the interrupt stays where it is: drivers with managed interrupts do not let them be moved";
+                if let Err(error) = settings.set(nic, Setting::IrqAffinity(irq), &cpus) {
+                    tracing::warn!("{error}; {advice}");
+                }
+            }
+            None => tracing::warn!(
+                nic = nic.name,
+                queue = worker.queue,
+                "no CPU is left for the interrupt: every one has a worker that never sleeps"
+            ),
+        }
+    }
 }
 
 /// Keeps the host door's MTU at what the table says.

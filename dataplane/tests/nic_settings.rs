@@ -6,11 +6,11 @@
 #![expect(unsafe_code, reason = "unshare by hand")]
 #![expect(clippy::unwrap_used, reason = "also in the helpers of the tests")]
 
+use core::time::Duration;
 use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Duration;
 
 use ripstop_dataplane::nic::{self, Nic};
 use ripstop_dataplane::nic_settings::{FILE, NicSettings, Setting};
