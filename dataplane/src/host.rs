@@ -27,7 +27,7 @@ use ripstop_fib::stats::{KernelCounter, Mode, Polling, Stats, WorkerIdentity};
 use ripstop_fib::{Node, Reader, Region};
 
 use crate::config::{self, ConfigErrors, HostFacts, WorkerConfig};
-use crate::nic::Nic;
+use crate::nic::{Nic, NicError};
 use crate::nic_queue::NicQueue;
 use crate::nic_settings::{NicSettings, Setting};
 use crate::pace::{self, Pace, Waker};
@@ -45,6 +45,8 @@ const HEARTBEAT_MAX_NS: u64 = 500_000_000;
 const BELIEF_NS: u64 = 1_000_000_000;
 /// Looks between two publications of the kernel's statistics: every 100 ms.
 const STATISTICS_LOOKS: u32 = 50;
+/// Looks between two looks at the NICs themselves: every second.
+const NIC_LOOKS: u32 = 500;
 /// How long the control plane gets to lead traffic away from workers that will stop: it looks every 100 ms.
 const WITHDRAW: Duration = Duration::from_millis(250);
 /// How long packets that are on their way through the workers get before the workers stop.
@@ -120,6 +122,26 @@ pub enum HostError {
         file: PathBuf,
         /// The kernel's answer.
         source: io::Error,
+    },
+    /// The NIC is not there any more, or another one has its name.
+    #[error(
+        "NIC {nic} is gone; the kernel's own tunnel path carries the traffic, start the data plane again when the NIC is back"
+    )]
+    NicVanished {
+        /// The NIC.
+        nic: String,
+    },
+    /// The NIC has lost the queue of a running worker.
+    #[error(
+        "NIC {nic} has {queues} receive queue(s) left, and a worker is on queue {queue}: ethtool -L {nic} brings it back, or remove the worker's file; the kernel's own tunnel path carries the traffic"
+    )]
+    QueueGone {
+        /// The NIC.
+        nic: String,
+        /// The worker's queue.
+        queue: u32,
+        /// Queues that the NIC has.
+        queues: u32,
     },
     /// The NIC went away under a running worker.
     #[error(
@@ -225,6 +247,19 @@ struct AttachedNic {
     index: usize,
     /// What the program takes for ours.
     ours: TunnelMatch,
+    /// Longest frame that every socket of the NIC can hold.
+    frame_bytes_max: u32,
+}
+
+/// Ethernet header and VLAN tag, which do not count towards an MTU.
+const ETHERNET_BYTES: u32 = 18;
+
+impl AttachedNic {
+    /// Longest frame for a socket. One that is longer than the MTU is no packet as it was sent, but several that were
+    /// merged, for example; a pod would not take it.
+    fn frame_limit(&self) -> u32 {
+        self.frame_bytes_max.min(self.nic.mtu + ETHERNET_BYTES)
+    }
 }
 
 fn attach_programs(
@@ -256,6 +291,7 @@ fn attach_programs(
                 mode,
                 index,
                 ours: TunnelMatch::OFF,
+                frame_bytes_max: frame_bytes,
             },
         );
     }
@@ -503,6 +539,9 @@ fn watch(
             vouch(regions.stats, nics)?;
             door.follow(regions.stats);
         }
+        if looks % NIC_LOOKS == 0 {
+            follow_nics(nics, running)?;
+        }
         looks += 1;
         match signals.recv_timeout(WATCH) {
             Err(RecvTimeoutError::Timeout) => {}
@@ -533,6 +572,7 @@ fn configure(
         attached.program.disable()?;
     } else {
         keep_tags(settings, &attached.nic, ours.vlan.is_some());
+        attached.program.limit_frames(attached.frame_limit());
         attached.program.configure(&ours)?;
     }
     attached.ours = ours;
@@ -563,6 +603,19 @@ fn tune(
         .filter(|worker| worker.polling == config::Polling::Busy)
         .map(|worker| worker.cpu)
         .collect();
+    for attached in nics
+        .values()
+        .filter(|nic| nic.mode == AttachedMode::Generic)
+    {
+        // There the XDP program sees what GRO has merged, which has no valid checksum (net/ipv4/tcp_offload.c,
+        // tcp_gro_complete) and is longer than what was sent.
+        if let Err(error) = settings.set(&attached.nic, Setting::Gro, "off") {
+            tracing::warn!(
+                "{error}; TCP over NIC {nic} may stall in generic mode: ethtool -K {nic} gro off",
+                nic = attached.nic.name
+            );
+        }
+    }
     for worker in workers {
         let Some(nic) = nics.get(&worker.nic).map(|attached| &attached.nic) else {
             continue;
@@ -692,6 +745,54 @@ fn vouch(stats: Stats<'_>, nics: &BTreeMap<String, AttachedNic>) -> Result<(), H
             attached
                 .program
                 .keep_alive(worker.identity.queue, now + BELIEF_NS)?;
+        }
+    }
+    Ok(())
+}
+
+/// Notices what has become of the NICs. A socket on a queue that exists no more receives nothing and says nothing, and
+/// so does one whose error somebody has read: hence the question is put to the NIC.
+fn follow_nics(
+    nics: &mut BTreeMap<String, AttachedNic>,
+    running: &[Running],
+) -> Result<(), HostError> {
+    for (name, attached) in nics {
+        let nic = match Nic::open(name) {
+            Ok(nic) if nic.index == attached.nic.index => nic,
+            Ok(_) | Err(NicError::Unknown { .. }) => {
+                return Err(HostError::NicVanished { nic: name.clone() });
+            }
+            Err(error) => return Err(HostError::Facts(error.into())),
+        };
+        let queues: Vec<u32> = running
+            .iter()
+            .filter(|worker| worker.socket.interface().index() == nic.index)
+            .map(|worker| worker.socket.queue())
+            .collect();
+        if let Some(queue) = queues.iter().find(|queue| **queue >= nic.rx_queues) {
+            return Err(HostError::QueueGone {
+                nic: name.clone(),
+                queue: *queue,
+                queues: nic.rx_queues,
+            });
+        }
+        if nic.rx_queues != attached.nic.rx_queues {
+            let uncovered: Vec<u32> = (0..nic.rx_queues)
+                .filter(|queue| !queues.contains(queue))
+                .collect();
+            tracing::warn!(
+                nic = name,
+                before = attached.nic.rx_queues,
+                now = nic.rx_queues,
+                "the NIC's queues have changed; the kernel carries the tunnel packets of those without a worker: {uncovered:?}"
+            );
+        }
+        let before = attached.frame_limit();
+        attached.nic = nic;
+        let limit = attached.frame_limit();
+        if limit != before && attached.ours != TunnelMatch::OFF {
+            attached.program.limit_frames(limit);
+            attached.program.configure(&attached.ours)?;
         }
     }
     Ok(())

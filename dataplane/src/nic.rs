@@ -142,44 +142,57 @@ impl Nic {
     }
 }
 
-/// Whether the NIC takes VLAN tags off the frames that it receives.
-///
-/// # Errors
-/// When there is no such NIC.
-pub fn rx_vlan_offload(name: &str) -> io::Result<bool> {
-    let mut flags = EthtoolValue {
-        command: ETHTOOL_GFLAGS,
-        value: 0,
-    };
-    Control::open(name)
-        .and_then(|control| control.ethtool(&mut flags, "features"))
-        .map_err(kernels_answer)?;
-    Ok(flags.value & ETH_FLAG_RXVLAN != 0)
+/// Something that a NIC, or the kernel for it, does to frames that it receives, and that can be switched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// Taking VLAN tags off (`ethtool -K … rxvlan`).
+    RxVlanOffload,
+    /// Merging packets of a flow (`ethtool -K … gro`).
+    Gro,
 }
 
-/// Has the NIC take VLAN tags off the frames that it receives, or leave them there.
-///
-/// # Errors
-/// When there is no such NIC, or its driver does not change this.
-pub fn set_rx_vlan_offload(name: &str, on: bool) -> io::Result<()> {
-    let control = Control::open(name).map_err(kernels_answer)?;
-    let mut flags = EthtoolValue {
-        command: ETHTOOL_GFLAGS,
-        value: 0,
-    };
-    control
-        .ethtool(&mut flags, "features")
-        .map_err(kernels_answer)?;
-    flags.command = ETHTOOL_SFLAGS;
-    flags.value = if on {
-        flags.value | ETH_FLAG_RXVLAN
-    } else {
-        flags.value & !ETH_FLAG_RXVLAN
-    };
-    match control.ethtool(&mut flags, "features") {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(io::ErrorKind::Unsupported.into()),
-        Err(error) => Err(kernels_answer(error)),
+impl Feature {
+    /// The commands that read and write it, and its bit in the value; one of these flags is one of several.
+    const fn commands(self) -> (u32, u32, u32) {
+        match self {
+            Self::RxVlanOffload => (ETHTOOL_GFLAGS, ETHTOOL_SFLAGS, ETH_FLAG_RXVLAN),
+            Self::Gro => (ETHTOOL_GGRO, ETHTOOL_SGRO, 1),
+        }
+    }
+
+    /// Whether it is on.
+    ///
+    /// # Errors
+    /// When there is no such NIC.
+    pub fn is_on(self, nic: &str) -> io::Result<bool> {
+        let (_, value) = self.value(nic)?;
+        Ok(value & self.commands().2 != 0)
+    }
+
+    /// Switches it.
+    ///
+    /// # Errors
+    /// When there is no such NIC, or its driver does not change this.
+    pub fn switch(self, nic: &str, on: bool) -> io::Result<()> {
+        let (control, value) = self.value(nic)?;
+        let (_, command, bit) = self.commands();
+        let value = if on { value | bit } else { value & !bit };
+        let mut request = EthtoolValue { command, value };
+        match control.ethtool(&mut request, "features") {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(io::ErrorKind::Unsupported.into()),
+            Err(error) => Err(kernels_answer(error)),
+        }
+    }
+
+    fn value(self, nic: &str) -> io::Result<(Control, u32)> {
+        let control = Control::open(nic).map_err(kernels_answer)?;
+        let (command, ..) = self.commands();
+        let mut request = EthtoolValue { command, value: 0 };
+        control
+            .ethtool(&mut request, "features")
+            .map_err(kernels_answer)?;
+        Ok((control, request.value))
     }
 }
 
@@ -232,6 +245,8 @@ const _: () = assert!(size_of::<EthtoolValue>() == 8);
 const ETHTOOL_GDRVINFO: u32 = 0x03;
 const ETHTOOL_GFLAGS: u32 = 0x25;
 const ETHTOOL_SFLAGS: u32 = 0x26;
+const ETHTOOL_GGRO: u32 = 0x2b;
+const ETHTOOL_SGRO: u32 = 0x2c;
 /// NETIF_F_HW_VLAN_CTAG_RX among the flags.
 const ETH_FLAG_RXVLAN: u32 = 1 << 8;
 const ETHTOOL_GCHANNELS: u32 = 0x3c;

@@ -601,6 +601,11 @@ impl XdpProgram {
             .map_err(|source| refused("configure the XDP program", source))
     }
 
+    /// Changes the longest Ethernet frame for a socket, from the next [`configure`](Self::configure) on.
+    pub fn limit_frames(&mut self, frame_bytes_max: u32) {
+        self.frame_bytes_max = frame_bytes_max;
+    }
+
     /// Passes everything to the kernel until the next [`configure`](Self::configure).
     pub fn disable(&self) -> Result<(), XdpError> {
         match self.configuration.delete(&ONLY) {
@@ -789,7 +794,7 @@ impl XdpProgram {
             libc::EBUSY | libc::EEXIST => {
                 // Somebody was faster than our question.
                 self.refuse_foreign(nic)?;
-                "Something else holds the NIC's XDP hook: choose another NIC."
+                "Something else holds the NIC's XDP hook, or the bond that it is in runs an XDP program: take that off the bond, or choose another NIC."
             }
             libc::EOPNOTSUPP => "Its driver cannot do this: choose mode \"generic\", or \"auto\".",
             libc::EINVAL | libc::ERANGE => {

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 
-use ripstop_dataplane::nic::{self, Nic};
+use ripstop_dataplane::nic::{Feature, Nic};
 use ripstop_dataplane::nic_settings::{FILE, NicSettings, Setting};
 
 /// Gives the calling thread a network namespace of its own, with a veth.
@@ -30,12 +30,15 @@ fn veth() -> Nic {
         .status()
         .expect("iproute2 is installed");
     assert!(status.success());
+    // A veth merges nothing unless it is told to.
+    Feature::Gro.switch("sx0", true).unwrap();
     Nic::open("sx0").unwrap()
 }
 
-/// All three settings, changed.
+/// All settings of a veth, changed.
 fn change(settings: &mut NicSettings, nic: &Nic) {
     settings.set(nic, Setting::RxVlanOffload, "off").unwrap();
+    settings.set(nic, Setting::Gro, "off").unwrap();
     settings.set(nic, Setting::NapiDeferHardIrqs, "2").unwrap();
     settings
         .set(nic, Setting::GroFlushTimeout, "200000")
@@ -43,7 +46,7 @@ fn change(settings: &mut NicSettings, nic: &Nic) {
 }
 
 /// What the kernel says, with files of the namespace's own sysfs.
-fn state(nic: &Nic) -> (bool, String) {
+fn state(nic: &Nic) -> (bool, bool, String) {
     // A mount namespace of its own, so that the new sysfs is seen nowhere else.
     let script = "mount -t sysfs sysfs /sys && cd /sys/class/net/sx0 && echo $(cat napi_defer_hard_irqs gro_flush_timeout)";
     let output = Command::new("unshare")
@@ -53,16 +56,17 @@ fn state(nic: &Nic) -> (bool, String) {
     assert!(output.status.success());
     let text = String::from_utf8(output.stdout).unwrap();
     (
-        nic::rx_vlan_offload(&nic.name).unwrap(),
+        Feature::RxVlanOffload.is_on(&nic.name).unwrap(),
+        Feature::Gro.is_on(&nic.name).unwrap(),
         text.trim().to_owned(),
     )
 }
 
-const UNTOUCHED: (bool, &str) = (true, "0 0");
-const CHANGED: (bool, &str) = (false, "2 200000");
+const UNTOUCHED: (bool, bool, &str) = (true, true, "0 0");
+const CHANGED: (bool, bool, &str) = (false, false, "2 200000");
 
-fn assert_state(nic: &Nic, expected: (bool, &str)) {
-    assert_eq!(state(nic), (expected.0, expected.1.to_owned()));
+fn assert_state(nic: &Nic, (vlan, gro, files): (bool, bool, &str)) {
+    assert_eq!(state(nic), (vlan, gro, files.to_owned()));
 }
 
 #[test]

@@ -959,6 +959,21 @@ fn jumbo_frames_are_measured_over_all_their_buffers() {
     }
 }
 
+#[test]
+fn the_limit_can_be_changed() {
+    let mut rig = Rig::new();
+    let frame = Packet::default().bytes();
+    for (limit, expected) in [
+        (64, Outcome::Redirected),
+        (63, Outcome::TooLong),
+        (64, Outcome::Redirected),
+    ] {
+        rig.program.limit_frames(limit);
+        rig.program.configure(&TUNNEL).unwrap();
+        assert_eq!(rig.outcome(&frame), expected, "{limit}");
+    }
+}
+
 /// Every configuration that a NIC can have, by name.
 fn configurations() -> Vec<(&'static str, TunnelMatch)> {
     let both = |tunnel, v4, v6| TunnelMatch {
