@@ -45,8 +45,8 @@ const HEARTBEAT_MAX_NS: u64 = 500_000_000;
 const BELIEF_NS: u64 = 1_000_000_000;
 /// Looks between two publications of the kernel's statistics: every 100 ms.
 const STATISTICS_LOOKS: u32 = 50;
-/// Looks between two looks at the NICs themselves: every second.
-const NIC_LOOKS: u32 = 500;
+/// How often the kernel is asked about the NICs.
+const ASK: Duration = Duration::from_secs(1);
 /// How long the control plane gets to lead traffic away from workers that will stop: it looks every 100 ms.
 const WITHDRAW: Duration = Duration::from_millis(250);
 /// How long packets that are on their way through the workers get before the workers stop.
@@ -120,6 +120,12 @@ pub enum HostError {
     Thread {
         /// The queue's configuration file.
         file: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The thread that asks about the NICs could not be made.
+    #[error("start the thread that watches the NICs: {source}")]
+    Watching {
         /// The kernel's answer.
         source: io::Error,
     },
@@ -513,6 +519,7 @@ fn watch(
     signals: &Receiver<i32>,
 ) -> Result<(), HostError> {
     let mut tables = TableWatcher::new(regions.fib, regions.stats);
+    let answers = ask_about(nics).map_err(|source| HostError::Watching { source })?;
     let mut door = DoorMtu::default();
     let mut looks = 0;
     loop {
@@ -539,8 +546,8 @@ fn watch(
             vouch(regions.stats, nics)?;
             door.follow(regions.stats);
         }
-        if looks % NIC_LOOKS == 0 {
-            follow_nics(nics, running)?;
+        while let Ok(answer) = answers.try_recv() {
+            follow_nic(answer, nics, running)?;
         }
         looks += 1;
         match signals.recv_timeout(WATCH) {
@@ -750,50 +757,73 @@ fn vouch(stats: Stats<'_>, nics: &BTreeMap<String, AttachedNic>) -> Result<(), H
     Ok(())
 }
 
-/// Notices what has become of the NICs. A socket on a queue that exists no more receives nothing and says nothing, and
-/// so does one whose error somebody has read: hence the question is put to the NIC.
-fn follow_nics(
+/// Asks about the NICs every second, in a thread of its own: drivers answer under the kernel's one lock for network
+/// devices, which somebody else may hold for seconds, and the watcher must not wait.
+fn ask_about(nics: &BTreeMap<String, AttachedNic>) -> io::Result<Receiver<Answer>> {
+    let (sender, answers) = crossbeam::channel::bounded(nics.len().max(1));
+    let names: Vec<String> = nics.keys().cloned().collect();
+    std::thread::Builder::new()
+        .name("nics".to_owned())
+        .spawn(move || {
+            loop {
+                for name in &names {
+                    if sender.send((name.clone(), Nic::open(name))).is_err() {
+                        return;
+                    }
+                }
+                std::thread::sleep(ASK);
+            }
+        })?;
+    Ok(answers)
+}
+
+/// A NIC's name, and what the kernel says about it.
+type Answer = (String, Result<Nic, NicError>);
+
+/// Notices what has become of a NIC. A socket on a queue that exists no more receives nothing and says nothing, and so
+/// does one whose error somebody has read: hence the question is put to the NIC.
+fn follow_nic(
+    (name, answer): Answer,
     nics: &mut BTreeMap<String, AttachedNic>,
     running: &[Running],
 ) -> Result<(), HostError> {
-    for (name, attached) in nics {
-        let nic = match Nic::open(name) {
-            Ok(nic) if nic.index == attached.nic.index => nic,
-            Ok(_) | Err(NicError::Unknown { .. }) => {
-                return Err(HostError::NicVanished { nic: name.clone() });
-            }
-            Err(error) => return Err(HostError::Facts(error.into())),
-        };
-        let queues: Vec<u32> = running
-            .iter()
-            .filter(|worker| worker.socket.interface().index() == nic.index)
-            .map(|worker| worker.socket.queue())
+    let Some(attached) = nics.get_mut(&name) else {
+        return Ok(());
+    };
+    let nic = match answer {
+        Ok(nic) if nic.index == attached.nic.index => nic,
+        Ok(_) | Err(NicError::Unknown { .. }) => return Err(HostError::NicVanished { nic: name }),
+        Err(error) => return Err(HostError::Facts(error.into())),
+    };
+    let queues: Vec<u32> = running
+        .iter()
+        .filter(|worker| worker.socket.interface().index() == nic.index)
+        .map(|worker| worker.socket.queue())
+        .collect();
+    if let Some(queue) = queues.iter().find(|queue| **queue >= nic.rx_queues) {
+        return Err(HostError::QueueGone {
+            nic: name,
+            queue: *queue,
+            queues: nic.rx_queues,
+        });
+    }
+    if nic.rx_queues != attached.nic.rx_queues {
+        let uncovered: Vec<u32> = (0..nic.rx_queues)
+            .filter(|queue| !queues.contains(queue))
             .collect();
-        if let Some(queue) = queues.iter().find(|queue| **queue >= nic.rx_queues) {
-            return Err(HostError::QueueGone {
-                nic: name.clone(),
-                queue: *queue,
-                queues: nic.rx_queues,
-            });
-        }
-        if nic.rx_queues != attached.nic.rx_queues {
-            let uncovered: Vec<u32> = (0..nic.rx_queues)
-                .filter(|queue| !queues.contains(queue))
-                .collect();
-            tracing::warn!(
-                nic = name,
-                before = attached.nic.rx_queues,
-                now = nic.rx_queues,
-                "the NIC's queues have changed; the kernel carries the tunnel packets of those without a worker: {uncovered:?}"
-            );
-        }
-        let before = attached.frame_limit();
-        attached.nic = nic;
-        let limit = attached.frame_limit();
-        if limit != before && attached.ours != TunnelMatch::OFF {
-            attached.program.limit_frames(limit);
-            attached.program.configure(&attached.ours)?;
-        }
+        tracing::warn!(
+            nic = name,
+            before = attached.nic.rx_queues,
+            now = nic.rx_queues,
+            "the NIC's queues have changed; the kernel carries the tunnel packets of those without a worker: {uncovered:?}"
+        );
+    }
+    let before = attached.frame_limit();
+    attached.nic = nic;
+    let limit = attached.frame_limit();
+    if limit != before && attached.ours != TunnelMatch::OFF {
+        attached.program.limit_frames(limit);
+        attached.program.configure(&attached.ours)?;
     }
     Ok(())
 }
