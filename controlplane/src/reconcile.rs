@@ -399,7 +399,7 @@ impl Reconciler {
         let underlay = self.underlay.as_ref().map(|underlay| underlay.index);
         let interests = Interests {
             tunnels: tunnels.filter(|&link| link != 0).collect(),
-            uplinks: self.hops.links().into_iter().chain(underlay).collect(),
+            uplinks: self.hops.links().iter().copied().chain(underlay).collect(),
             table: self.settings.table,
         };
         match self.monitor.drain(&interests) {
@@ -740,6 +740,7 @@ impl Reconciler {
         }
         let mut remaining = 0;
         let mut refused = Vec::new();
+        let round = Instant::now();
         for family in Family::ALL {
             let conf = &self.settings.conf;
             let direct = |peer: &Lease| self.hops.direct(peer.public_ip);
@@ -750,8 +751,9 @@ impl Reconciler {
                 device: None,
                 peers: Vec::new(),
             });
-            let (link, outcome) =
-                standby::reconcile(&mut self.netlink, &desired, STANDBY_BUDGET / 2)?;
+            // What the first family leaves of the time; a slice is done in any case.
+            let budget = STANDBY_BUDGET.saturating_sub(round.elapsed());
+            let (link, outcome) = standby::reconcile(&mut self.netlink, &desired, budget)?;
             *self.standby_links.get_mut(family) = link.unwrap_or(0);
             if let (Some(device), Some(_)) = (&desired.device, link) {
                 standby::reconcile_sysctls(&device.name);

@@ -423,7 +423,7 @@ pub fn device_ops(desired: &Device, link: Option<&Link>, addresses: &[Address]) 
 /// What the kernel holds for one family.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Actual {
-    /// Routes of the main table that are ours, or lie on the device.
+    /// Routes of the main table that are ours, and those on the device that may be flannel's.
     pub routes: Vec<Route>,
     /// Neighbours on the device.
     pub neighbours: Vec<Neighbour>,
@@ -447,11 +447,11 @@ impl Actual {
             ..Self::default()
         };
         if let Some(link) = device {
-            let on_device = netlink.routes(RouteFilter { link, ..main })?;
-            let others = on_device
-                .into_iter()
-                .filter(|route| route.protocol != PROTOCOL);
-            actual.routes.extend(others);
+            actual.routes.extend(netlink.routes(RouteFilter {
+                link,
+                protocol: PROTOCOL_BOOT,
+                ..main
+            })?);
             actual.neighbours = netlink.neighbours(family, link)?;
             actual.fdb = netlink.fdb(link)?;
         }

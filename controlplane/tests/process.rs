@@ -1,5 +1,4 @@
 //! The control plane as a process, against a data plane that is played by the test. Needs root.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
