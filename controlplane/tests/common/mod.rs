@@ -157,8 +157,8 @@ pub(crate) fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>
             return (value, start.elapsed());
         }
         assert!(
-            start.elapsed() < Duration::from_secs(30),
-            "after 30 s still not: {what}"
+            start.elapsed() < Duration::from_secs(60),
+            "after 60 s still not: {what}"
         );
         std::thread::sleep(Duration::from_millis(10));
     }
