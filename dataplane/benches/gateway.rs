@@ -66,7 +66,7 @@ fn lease(number: usize) -> (Ipv4Addr, Ipv4Addr) {
     )
 }
 
-/// The same in IPv6: a /64 of fd00::/16 for each.
+/// The same in IPv6: a /64 of fd00::/48 for each.
 fn lease6(number: usize) -> (Ipv6Addr, Ipv6Addr) {
     let number = u128::try_from(number).unwrap();
     (
@@ -77,7 +77,7 @@ fn lease6(number: usize) -> (Ipv6Addr, Ipv6Addr) {
 
 /// Our own subnets.
 const SUBNET: Ipv4Addr = Ipv4Addr::new(192, 168, 0, 0);
-const SUBNET6: Ipv6Addr = Ipv6Addr::new(0xfdee, 0, 0, 1, 0, 0, 0, 0);
+const SUBNET6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0xea60, 0, 0, 0, 0);
 
 /// A table of so many leases, and our own beside them.
 fn table_words(leases: usize) -> Vec<Word> {
@@ -196,19 +196,24 @@ fn tunnel_frames(leases: usize, active: usize, len: usize, count: usize) -> Vec<
         .collect()
 }
 
+thread_local! {
+    /// Places for the headers of a burst, as in the packets' frames.
+    static FRONTS: core::cell::RefCell<[[u8; HEADER_MAX]; BURST]> =
+        const { core::cell::RefCell::new([[0; HEADER_MAX]; BURST]) };
+}
+
 /// A burst as the worker handles it: everything that will be looked up is touched first.
 fn encapsulate_all<P: AsRef<[u8]>>(packets: &[P], table: &Table<'_>) {
     let warm = |all, packet: &P| all ^ forward::warm_from_host(packet.as_ref(), table);
     black_box(packets.iter().fold(0, warm));
-    // A place for each packet's header, as in its frame.
-    let mut fronts = [[0; HEADER_MAX]; BURST];
-    for ((packet, front), identification) in packets.iter().zip(&mut fronts).zip(0u16..) {
-        match forward::from_host(packet.as_ref(), front, table, identification) {
-            FromHost::Send { push } => drop(black_box(push)),
-            FromHost::Drop(reason) => panic!("a good packet was dropped: {}", reason.name()),
+    FRONTS.with_borrow_mut(|fronts| {
+        for ((packet, front), identification) in packets.iter().zip(fronts).zip(0u16..) {
+            match forward::from_host(packet.as_ref(), front, table, identification) {
+                FromHost::Send { push } => drop(black_box(push)),
+                FromHost::Drop(reason) => panic!("a good packet was dropped: {}", reason.name()),
+            }
         }
-    }
-    black_box(&fronts);
+    });
 }
 
 fn decapsulate_all<P: AsRef<[u8]>>(frames: &[P], table: &Table<'_>) {
