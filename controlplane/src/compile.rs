@@ -2,7 +2,10 @@
 
 use core::net::Ipv4Addr;
 
-use ripstop_fib::{Adjacency, BuildError, FAMILY_IPV4, ImageBuilder, LeaseRecord, Node, Route};
+use ripstop_fib::{
+    Adjacency, Backend, BuildError, Dscp, Ethernet, FAMILY_IPV4, ImageBuilder, LeaseRecord, Local,
+    NICS, NicRecord, Node, Route,
+};
 
 use crate::interface::Underlay;
 use crate::lease::{Lease, LeaseSet};
@@ -18,15 +21,28 @@ pub fn compile(
     next_hop: impl Fn(Ipv4Addr) -> Option<Mac>,
 ) -> Result<Vec<u64>, BuildError> {
     let own = &leases.own;
+    let mut nics = [NicRecord::default(); NICS];
+    nics[0] = NicRecord {
+        ifindex: underlay.index,
+        uplink: 0,
+        vlan: 0,
+    };
     let node = Node {
-        local: own.public_ip,
+        backend: Backend::Vxlan,
+        v4: Some(Local {
+            address: own.public_ip,
+            subnet: (own.subnet.network(), own.subnet.prefix_len()),
+            network: (conf.network.network(), conf.network.prefix_len()),
+            pod_mtu: u16::try_from(standby::pod_mtu(conf, underlay)).unwrap_or(u16::MAX),
+            vtep_mac: own.vtep_mac.0,
+        }),
+        v6: None,
         udp_port: conf.vxlan.port,
         vni: conf.vxlan.vni,
-        vtep_mac: own.vtep_mac.0,
-        subnet: (own.subnet.network(), own.subnet.prefix_len()),
-        pod_mtu: u16::try_from(standby::pod_mtu(conf, underlay)).unwrap_or(u16::MAX),
-        underlay_ifindex: underlay.index,
+        direct: false,
+        dscp: Dscp::Fixed(0),
         flow_seed: flow_seed(own),
+        nics,
     };
     let mut image = ImageBuilder::new(node);
     image.route4(own.subnet.network(), own.subnet.prefix_len(), Route::Local);
@@ -36,8 +52,11 @@ pub fn compile(
         let route = match next_hop {
             Some(mac) => Route::Via(image.adjacency(Adjacency::vxlan4(
                 &node,
-                underlay.mac.0,
-                mac.0,
+                Ethernet {
+                    source: underlay.mac.0,
+                    destination: mac.0,
+                    vlan: None,
+                },
                 peer.public_ip,
                 peer.vtep_mac.0,
             ))),
@@ -65,6 +84,8 @@ fn record(lease: &Lease, next_hop: Option<Mac>, local: bool) -> LeaseRecord {
         next_hop_mac: next_hop.unwrap_or_default().0,
         resolved: local || next_hop.is_some(),
         local,
+        direct: false,
+        paths: u8::from(next_hop.is_some()),
     }
 }
 
@@ -178,8 +199,11 @@ mod tests {
         );
         let node = image.node();
         assert_eq!(
-            (node.local, node.pod_mtu, node.vni),
-            (leases.own.public_ip, 1450, 1)
+            (
+                node.v4.map(|local| (local.address, local.pod_mtu)),
+                node.vni
+            ),
+            (Some((leases.own.public_ip, 1450)), 1)
         );
     }
 

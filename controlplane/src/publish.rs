@@ -211,18 +211,25 @@ mod tests {
     use core::net::Ipv4Addr;
     use ripstop_fib::publish::{SLOT_WORDS, SLOTS, region_words};
     use ripstop_fib::stats::{Gauge, Mode, Polling, WorkerCounters, WorkerIdentity};
-    use ripstop_fib::{ImageBuilder, Node, Route};
+    use ripstop_fib::{Backend, Dscp, ImageBuilder, Local, NICS, NicRecord, Node, Route};
 
     fn image(vni: u32) -> Vec<u64> {
         let node = Node {
-            local: Ipv4Addr::new(10, 199, 0, 1),
+            backend: Backend::Vxlan,
+            v4: Some(Local {
+                address: Ipv4Addr::new(10, 199, 0, 1),
+                subnet: (Ipv4Addr::new(10, 244, 1, 0), 24),
+                network: (Ipv4Addr::new(10, 244, 0, 0), 16),
+                pod_mtu: 1450,
+                vtep_mac: [2, 0, 0, 0, 0, 1],
+            }),
+            v6: None,
             udp_port: 8472,
             vni,
-            vtep_mac: [2, 0, 0, 0, 0, 1],
-            subnet: (Ipv4Addr::new(10, 244, 1, 0), 24),
-            pod_mtu: 1450,
-            underlay_ifindex: 2,
+            direct: false,
+            dscp: Dscp::Fixed(0),
             flow_seed: 0,
+            nics: [NicRecord::default(); NICS],
         };
         let mut image = ImageBuilder::new(node);
         image.route4(Ipv4Addr::new(10, 244, 1, 0), 24, Route::Local);
@@ -318,6 +325,8 @@ mod tests {
             polling: Polling::Adaptive,
             frames: 64,
             frame_size: 2048,
+            huge_pages: false,
+            numa_node: None,
         };
         stats.write_identity(0, &identity);
         stats.write_identity(1, &identity);

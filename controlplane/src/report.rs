@@ -354,7 +354,7 @@ impl Status {
             bytes: table.bytes,
             vni: table.node.vni,
             port: table.node.udp_port,
-            pod_mtu: table.node.pod_mtu,
+            pod_mtu: table.node.v4.map_or(0, |local| local.pod_mtu),
         });
         let path = path_status(state.as_ref(), fib.as_ref(), &mut problems);
         if control_pid.is_none() {

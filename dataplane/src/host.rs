@@ -348,6 +348,7 @@ fn start(
         accepted: regions.stats.accepted(),
         stats: regions.stats,
         index,
+        ifindex: nic.nic.index,
         burst,
     });
     let stop = Arc::clone(stop);
@@ -426,6 +427,8 @@ fn identity(
         },
         frames: config.umem.frames(),
         frame_size: config.umem.frame_size().bytes(),
+        huge_pages: config.umem.huge_pages(),
+        numa_node: None,
     }
 }
 

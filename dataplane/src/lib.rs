@@ -7,9 +7,12 @@
 //! call to the control plane, ever. All that comes from there is the fib region in shared memory.
 
 pub mod config;
+mod ecn;
 pub mod encap;
+mod flow;
 pub mod forward;
 pub mod host;
+mod inner;
 pub mod memory;
 pub mod nic;
 pub mod nic_queue;

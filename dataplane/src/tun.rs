@@ -19,7 +19,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use af_xdp::Umem;
 
 use crate::port::{Burst, Port, Transmitted};
-use crate::verdict::{DropReason, HEADER_LEN};
+use crate::verdict::{DropReason, HEADER_MAX};
 
 /// Name of the host door.
 pub const HOST_DOOR: &str = "rip0";
@@ -30,7 +30,7 @@ const VIRTIO_HEADER_LEN: usize = 10;
 /// packets a second, less than a busy machine's scheduler takes now and then.
 const QUEUE_PACKETS: c_int = 2048;
 /// Room before a packet for the header that is pushed, so placed that the packet starts on a cache line.
-const HEADROOM: usize = 2 * HEADER_LEN - af_xdp::FRAME_RESERVED as usize;
+const HEADROOM: usize = HEADER_MAX.next_multiple_of(64) - af_xdp::FRAME_RESERVED as usize;
 
 /// Why the host door could not be made.
 #[derive(Debug, thiserror::Error)]

@@ -71,7 +71,9 @@ impl<'r> TableWatcher<'r> {
                 core::mem::swap(&mut self.accepted, &mut self.checking);
                 self.checking.unpin();
                 let tunnel = TunnelMatch {
-                    local: node.local,
+                    local: node
+                        .v4
+                        .map_or(core::net::Ipv4Addr::UNSPECIFIED, |local| local.address),
                     port: node.udp_port,
                     vni: node.vni,
                 };

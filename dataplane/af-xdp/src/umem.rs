@@ -263,6 +263,24 @@ impl Umem {
         self.bytes_mut(frame, frame.start(), len)
     }
 
+    /// The packet, and the `N` bytes directly before it: write a header to their end and call
+    /// [`Frame::push_front`] with its length. `None` if there is less headroom.
+    ///
+    /// # Panics
+    ///
+    /// When the frame belongs to another UMEM.
+    #[inline]
+    pub fn front_and_packet<'a, const N: usize>(
+        &'a self,
+        frame: &'a mut Frame,
+    ) -> Option<(&'a mut [u8; N], &'a mut [u8])> {
+        if frame.headroom() < N {
+            return None;
+        }
+        let (start, len) = (frame.start() - N, N + frame.len());
+        self.bytes_mut(frame, start, len).split_first_chunk_mut()
+    }
+
     /// Starts a packet: makes it empty, with `headroom` bytes before it, and gives all the bytes
     /// from there to the frame's end. Write a packet there and call [`Frame::set_len`].
     ///

@@ -55,6 +55,7 @@ const W_NAME: usize = 8; // 2 words
 const W_PLACE: usize = 10;
 const W_FACTS: usize = 11;
 const W_FRAMES: usize = 12;
+const W_MEMORY: usize = 13;
 const W_HEARTBEAT: usize = 16;
 const W_GENERATION: usize = 17;
 const W_COUNTERS: usize = 32;
@@ -224,6 +225,10 @@ pub struct WorkerIdentity {
     pub frames: u32,
     /// Bytes of a frame.
     pub frame_size: u32,
+    /// Whether the UMEM lies on huge pages.
+    pub huge_pages: bool,
+    /// NUMA node that the UMEM is bound to, on machines that have several.
+    pub numa_node: Option<u16>,
 }
 
 /// What a worker has counted, in plain integers of its own.
@@ -400,6 +405,10 @@ impl<'r> Stats<'r> {
         let frames = u64::from(identity.frames) | (u64::from(identity.frame_size) << 32);
         self.worker_word(worker, W_FRAMES)
             .store(frames, Ordering::Relaxed);
+        let node = identity.numa_node.map_or(0, |node| 1 + u64::from(node));
+        let memory = u64::from(identity.huge_pages) | node << 8;
+        self.worker_word(worker, W_MEMORY)
+            .store(memory, Ordering::Relaxed);
     }
 
     /// Publishes a worker's counters, then its heartbeat.
@@ -484,7 +493,8 @@ impl<'r> Stats<'r> {
         let load = |field: usize| self.worker_word(worker, field).load(Ordering::Relaxed);
         let heartbeat_ns = load(W_HEARTBEAT);
         fence(Ordering::Acquire); // SYNC heartbeat
-        let (place, facts, frames) = (load(W_PLACE), load(W_FACTS), load(W_FRAMES));
+        let (place, facts, frames, memory) =
+            (load(W_PLACE), load(W_FACTS), load(W_FRAMES), load(W_MEMORY));
         let mode = Mode::ALL
             .get((facts & 0xff) as usize)
             .copied()
@@ -502,6 +512,10 @@ impl<'r> Stats<'r> {
                 polling,
                 frames: frames as u32,
                 frame_size: (frames >> 32) as u32,
+                huge_pages: memory & 1 != 0,
+                numa_node: ((memory >> 8) as u32)
+                    .checked_sub(1)
+                    .map(|node| node as u16),
             },
             heartbeat_ns,
             generation: load(W_GENERATION),
