@@ -10,13 +10,17 @@
 //! went through them and the standby's stand still. The table is printed; README.md has it.
 
 mod cells;
+#[expect(dead_code, reason = "every test binary uses its own part")]
+mod common;
 
 use core::fmt::Write as _;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use cells::Cell;
-use ripstop_perf::{Backend, Families, Family, Lab, LabBuilder, Node, NodeKind};
+use common::{PATIENCE, check_no_damage, kernel_counters};
+use ripstop_fib::stats::Counter;
+use ripstop_perf::{Backend, Families, Family, Host, Lab, LabBuilder, Node, NodeKind, wait_until};
 
 /// A lab of the matrix: what joins its nodes.
 #[derive(Debug, Clone, Copy)]
@@ -56,7 +60,7 @@ const fn setting(
 
 impl Setting {
     /// With DirectRouting, half of the nodes are behind a router.
-    fn lab(&self, ripstop: u8, linux: u8) -> LabBuilder {
+    fn lab(&self, [ripstop, linux]: [u8; 2]) -> LabBuilder {
         let builder = Lab::builder()
             .backend(self.backend)
             .families(self.families)
@@ -191,7 +195,7 @@ fn plain_linux_nodes_do_all_of_it() -> Result<()> {
     let mut rows = Vec::new();
     for setting in SETTINGS {
         let nodes = if setting.direct { 3 } else { 2 };
-        setting.lab(0, nodes).run(|lab| {
+        setting.lab([0, nodes]).run(|lab| {
             for other in 2..=nodes {
                 for family in lab.families() {
                     let mut row = Row::new(&setting, lab, [1, other], family);
@@ -205,4 +209,104 @@ fn plain_linux_nodes_do_all_of_it() -> Result<()> {
         })?;
     }
     finish("Plain Linux", &rows, start)
+}
+
+/// What went which way on a node: out of and into its workers, and over the standby's devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Carried {
+    out: u64,
+    into: u64,
+    standby: [u64; 2],
+}
+
+impl Carried {
+    fn by(node: &Node) -> Result<Self> {
+        let (workers, standby) = (node.workers()?, node.standby_counters()?);
+        Ok(Self {
+            out: workers.total(Counter::NicTxPackets),
+            into: workers.total(Counter::NicRxPackets),
+            standby: [standby.rx_packets, standby.tx_packets],
+        })
+    }
+}
+
+/// Runs a cell; the workers of the Ripstop nodes among the two must have carried it.
+fn check_cell(lab: &Lab, family: Family, pair: [u8; 2], cell: Cell) -> Result<()> {
+    let nodes: Vec<&Node> = pair
+        .iter()
+        .map(|index| lab.node(*index))
+        .filter(|node| node.kind() == NodeKind::Ripstop)
+        .collect();
+    let before = nodes
+        .iter()
+        .map(|node| Carried::by(node))
+        .collect::<Result<Vec<_>>>()?;
+    cell.check(lab, family, pair[0], pair[1])?;
+    // Fragments that come without a tunnel are the kernel's business.
+    let by_kernel = cell == Cell::Fragments && lab.is_direct(pair[0], pair[1]);
+    let least = cell.packets_min();
+    let into_least = if by_kernel { 0 } else { least };
+    for (node, before) in nodes.into_iter().zip(before) {
+        let mut now = before;
+        // What the workers count they publish now and then.
+        let counted = wait_until("the workers have carried it", PATIENCE, || {
+            now = Carried::by(node).unwrap_or(before);
+            now.out >= before.out + least && now.into >= before.into + into_least
+        });
+        counted.with_context(|| {
+            let (out, into) = (now.out - before.out, now.into - before.into);
+            format!(
+                "workers of {} have sent {out} and received {into} packets of at least {least}",
+                node.name()
+            )
+        })?;
+        ensure!(
+            now.standby == before.standby,
+            "the standby of {} has carried {:?} and not {:?} packets",
+            node.name(),
+            now.standby,
+            before.standby
+        );
+    }
+    Ok(())
+}
+
+/// Every cell that flannel has.
+#[test]
+fn ripstop_does_all_of_it_with_itself_and_with_linux() -> Result<()> {
+    let start = Instant::now();
+    let mut rows = Vec::new();
+    for setting in SETTINGS {
+        // With DirectRouting n1 and n3 are neighbours, as n4 is, and n2 and n5 are behind a router.
+        let nodes = if setting.direct { [3, 2] } else { [2, 1] };
+        let lab = setting.lab(nodes).up()?;
+        let started = lab.start_ripstop();
+        let before = kernel_counters(&lab)?;
+        let mut dump = started.is_err();
+        for other in 2..=nodes[0] + nodes[1] {
+            for family in lab.families() {
+                let mut row = Row::new(&setting, &lab, [1, other], family);
+                for cell in Cell::ALL {
+                    let outcome = match &started {
+                        Ok(()) => check_cell(&lab, family, [1, other], cell),
+                        Err(error) => Err(anyhow!("Ripstop has not started: {error:#}")),
+                    };
+                    let outcome = outcome.and_then(|()| check_no_damage(&lab, &before));
+                    dump |= outcome.is_err();
+                    row.outcomes.push(outcome);
+                }
+                rows.push(row);
+            }
+        }
+        if dump {
+            print_dump(&setting, &lab);
+        }
+        lab.down()?;
+    }
+    finish("Ripstop", &rows, start)
+}
+
+#[expect(clippy::print_stderr, reason = "for the reader of a failed test")]
+fn print_dump(setting: &Setting, lab: &Lab) {
+    eprintln!("{setting:?}\n{}", lab.dump());
 }
