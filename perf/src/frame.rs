@@ -423,7 +423,8 @@ pub(crate) fn internet_checksum(bytes: &[u8]) -> u16 {
 }
 
 /// The checksum of UDP, TCP and ICMPv6 with their pseudo header, between two addresses of one family.
-pub(crate) fn transport_checksum(ends: [IpAddr; 2], protocol: u8, segment: &[u8]) -> u16 {
+#[must_use]
+pub fn transport_checksum(ends: [IpAddr; 2], protocol: u8, segment: &[u8]) -> u16 {
     // The pseudo header of IPv6 has wider fields, whose upper halves are zero.
     let length = u16::try_from(segment.len()).unwrap_or(u16::MAX);
     let mut sum = Sum16BitWords::new();

@@ -30,7 +30,7 @@ mod traffic;
 
 pub use address::{Family, Mac};
 pub use counters::{KernelCounters, LinkCounters};
-pub use frame::{Ethernet, Inner, Ipv4, Udp, UdpChecksum, Vxlan, VxlanFrame};
+pub use frame::{Ethernet, Inner, Ipv4, Udp, UdpChecksum, Vxlan, VxlanFrame, transport_checksum};
 pub use lab::{
     Attacker, Backend, DETOUR_TABLE, Fabric, Families, Host, Lab, LabBuilder, Lease, Leases, Node,
     NodeKind, Pod, Workers, wait_until,
