@@ -48,6 +48,7 @@ use crate::address::{self, Family};
 use crate::counters::{KernelCounters, LinkCounters};
 use crate::frame::{Ethernet, Inner, Ipv4, Udp, Vxlan, VxlanFrame};
 use crate::netns::{self, Netns};
+use crate::stack::{Frame, Header, Ipv6};
 use crate::sys;
 
 /// Where the descriptions of labs are.
@@ -762,6 +763,78 @@ impl Lab {
             },
             truncate_to: None,
         }
+    }
+
+    /// A UDP packet between the first pods of two nodes as their nodes route it: one hop counted down.
+    #[must_use]
+    pub fn pod_packet(&self, from: u8, to: u8, family: Family) -> Frame {
+        let ip = match family {
+            Family::Ipv4 => Header::Ipv4(Ipv4 {
+                ttl: 63,
+                ..Ipv4::udp(address::pod(from, 0), address::pod(to, 0))
+            }),
+            Family::Ipv6 => Header::Ipv6(Ipv6 {
+                hop_limit: 63,
+                ..Ipv6::udp(address::pod6(from, 0), address::pod6(to, 0))
+            }),
+        };
+        Frame {
+            headers: vec![ip, Header::Udp(Udp::ports(4000, 4001))],
+            payload: b"ripstop".to_vec(),
+            truncate_to: None,
+        }
+    }
+
+    /// The same as node `from` would send it to node `to` without a tunnel.
+    #[must_use]
+    pub fn direct_frame(&self, from: u8, to: u8, family: Family) -> Frame {
+        let mut frame = self.pod_packet(from, to, family);
+        let (source, destination) = (address::underlay_mac(from), address::underlay_mac(to));
+        let ethernet = Ethernet::ip(family, source, destination);
+        frame.headers.insert(0, Header::Ethernet(ethernet));
+        frame
+    }
+
+    /// The same through the backend's tunnel, if it has one; correct in every field.
+    #[must_use]
+    pub fn backend_frame(&self, from: u8, to: u8, family: Family) -> Frame {
+        let mut frame = self.direct_frame(from, to, family);
+        let ip = match family {
+            Family::Ipv4 => Header::Ipv4(Ipv4::udp(
+                self.node(from).address(),
+                self.node(to).address(),
+            )),
+            Family::Ipv6 => Header::Ipv6(Ipv6::udp(
+                self.node(from).address6(),
+                self.node(to).address6(),
+            )),
+        };
+        let tunnel = match self.backend() {
+            Backend::Vxlan => {
+                let vtep = |node| match family {
+                    Family::Ipv4 => address::vtep_mac(node),
+                    Family::Ipv6 => address::vtep_mac6(node),
+                };
+                vec![
+                    ip,
+                    Header::Udp(Udp::ports(49_152, address::VXLAN_PORT)),
+                    Header::Vxlan(Vxlan::vni(address::VNI)),
+                    Header::Ethernet(Ethernet::ip(family, vtep(from), vtep(to))),
+                ]
+            }
+            Backend::Ipip => vec![Header::Ipv4(Ipv4 {
+                protocol: 4,
+                ttl: 63,
+                ..Ipv4::udp(self.node(from).address(), self.node(to).address())
+            })],
+            Backend::Udp => vec![
+                ip,
+                Header::Udp(Udp::ports(address::UDP_PORT, address::UDP_PORT)),
+            ],
+            Backend::HostGw => Vec::new(),
+        };
+        frame.headers.splice(1..1, tunnel);
+        frame
     }
 
     /// The topology as text, with every address.
