@@ -88,6 +88,10 @@ impl Lab {
         let segments = plan.all_segments();
         if segments.len() > 1 {
             set_forwarding(namespace, plan)?;
+            // It does what it is told, and teaches nobody another way.
+            for conf in ["all", "default"] {
+                namespace.sysctl(&format!("net/ipv4/conf/{conf}/send_redirects"), "0")?;
+            }
             // Tunnels keep to a path by their ports.
             namespace.sysctl("net/ipv4/fib_multipath_hash_policy", "1")?;
             namespace.sysctl("net/ipv6/fib_multipath_hash_policy", "1")?;
