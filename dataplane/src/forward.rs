@@ -22,7 +22,16 @@ use crate::wire::{
 /// Decides about a frame that the NIC received: Ethernet header first.
 #[inline]
 pub fn from_nic(frame: &[u8], table: &Table<'_>) -> FromNic {
-    match received(frame, table) {
+    // The commonest case by itself: its code must not be paid for by what the others need.
+    let received = match frame.split_first_chunk::<ETHERNET_LEN>() {
+        Some((ethernet, packet))
+            if table.only_vxlan && wire::be16(ethernet, 12) == ETHERTYPE_IPV4 =>
+        {
+            vxlan::decapsulate4(packet, ETHERNET_LEN, table)
+        }
+        _ => received(frame, table),
+    };
+    match received {
         Ok(deliver) => deliver,
         Err(reason) => FromNic::Drop(reason),
     }
@@ -55,26 +64,32 @@ pub fn from_host(
 /// The value means nothing.
 #[inline]
 pub fn warm_from_nic(frame: &[u8], table: &Table<'_>) -> u64 {
+    const SOURCE: usize = ETHERNET_LEN + 12;
+    match frame.get(SOURCE..SOURCE + 4) {
+        Some(source) if table.only_vxlan && frame[ETHERNET_LEN] >> 4 == 4 => {
+            table.image.warm_peer4(wire::be32(source, 0))
+        }
+        _ => warm_from_nic_otherwise(frame, table),
+    }
+}
+
+#[inline(never)]
+fn warm_from_nic_otherwise(frame: &[u8], table: &Table<'_>) -> u64 {
     let at = match table.vlan {
         0 => ETHERNET_LEN,
         _ => ETHERNET_LEN + VLAN_LEN,
     };
-    let Some(packet) = frame.get(at..) else {
-        return 0;
-    };
+    let packet = frame.get(at..).unwrap_or_default();
+    let direct = table.backend == Backend::HostGw;
     match packet.first().map(|first| first >> 4) {
-        Some(4) => match packet.get(12..16) {
-            Some(source) if table.backend == Backend::HostGw => {
-                table.image.warm_route4(wire::be32(source, 0))
-            }
-            Some(source) => table.image.warm_peer4(wire::be32(source, 0)),
+        Some(4) => match packet.get(12..16).map(|source| wire::be32(source, 0)) {
+            Some(source) if direct => table.image.warm_route4(source),
+            Some(source) => table.image.warm_peer4(source),
             None => 0,
         },
-        Some(6) => match packet.get(8..24) {
-            Some(source) if table.backend == Backend::HostGw => {
-                table.image.warm_route6(wire::be128(source, 0))
-            }
-            Some(source) => table.image.warm_peer6(wire::be128(source, 0)),
+        Some(6) => match packet.get(8..24).map(|source| wire::be128(source, 0)) {
+            Some(source) if direct => table.image.warm_route6(source),
+            Some(source) => table.image.warm_peer6(source),
             None => 0,
         },
         _ => 0,
@@ -84,21 +99,26 @@ pub fn warm_from_nic(frame: &[u8], table: &Table<'_>) -> u64 {
 /// Brings what [`from_host`] will look up towards the cache; as [`warm_from_nic`].
 #[inline]
 pub fn warm_from_host(packet: &[u8], table: &Table<'_>) -> u64 {
-    match packet.first().map(|first| first >> 4) {
-        Some(4) => match packet.get(16..20) {
-            Some(destination) => table.image.warm_route4(wire::be32(destination, 0)),
-            None => 0,
-        },
-        Some(6) => match packet.get(24..40) {
-            Some(destination) => table.image.warm_route6(wire::be128(destination, 0)),
-            None => 0,
-        },
+    match packet.get(16..20) {
+        Some(destination) if packet[0] >> 4 == 4 => {
+            table.image.warm_route4(wire::be32(destination, 0))
+        }
+        _ => warm_from_host_otherwise(packet, table),
+    }
+}
+
+#[inline(never)]
+fn warm_from_host_otherwise(packet: &[u8], table: &Table<'_>) -> u64 {
+    match packet.get(24..40) {
+        Some(destination) if packet[0] >> 4 == 6 => {
+            table.image.warm_route6(wire::be128(destination, 0))
+        }
         _ => 0,
     }
 }
 
 /// Finds the IP header behind the Ethernet header, with a VLAN tag exactly if the underlay has one.
-#[inline]
+#[inline(never)]
 fn received(frame: &[u8], table: &Table<'_>) -> Result<FromNic, DropReason> {
     let (ethernet, rest) = frame
         .split_first_chunk::<ETHERNET_LEN>()
@@ -172,10 +192,38 @@ fn send4(
     if inner::is_unusual4(ip) {
         inner::refuse4(packet, ip)?;
     }
-    let hash = || flow::hash4(packet, ip, table.flow_seed);
-    let (encap, id) = path(table.image.lookup4(wire::be32(ip, 16)), hash, table)?;
     let source = wire::be32(ip, 12);
-    may_send(&table.v4, source, encap)?;
+    match table.image.lookup4(wire::be32(ip, 16)) {
+        Hop::Via(Encap::Vxlan4, id) if table.v4.is_local(source) => {
+            let template = table.image.template(id).ok_or(DropReason::TableDamaged)?;
+            let hash = flow::hash4(packet, ip, table.flow_seed);
+            Ok(vxlan::encapsulate4(
+                &template,
+                packet,
+                ip,
+                table,
+                hash,
+                identification,
+                front,
+            ))
+        }
+        hop => send4_otherwise(hop, packet, ip, front, table, identification),
+    }
+}
+
+/// All cases but the commonest: its code must not be paid for by what these need.
+#[inline(never)]
+fn send4_otherwise(
+    hop: Hop,
+    packet: &[u8],
+    ip: &[u8; IPV4_LEN],
+    front: &mut Front,
+    table: &Table<'_>,
+    identification: u16,
+) -> Result<usize, DropReason> {
+    let hash = || flow::hash4(packet, ip, table.flow_seed);
+    let (encap, id) = path(hop, hash, table)?;
+    may_send(&table.v4, wire::be32(ip, 12), encap)?;
     let short = || table.image.template(id).ok_or(DropReason::TableDamaged);
     Ok(match encap {
         Encap::Vxlan4 => {
@@ -192,7 +240,7 @@ fn send4(
     })
 }
 
-#[inline]
+#[inline(never)]
 fn send6(packet: &[u8], front: &mut Front, table: &Table<'_>) -> Result<usize, DropReason> {
     let ip = header6(packet)?;
     fits(packet, &table.v6)?;

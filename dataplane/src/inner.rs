@@ -19,8 +19,19 @@ pub(crate) enum Sender<A> {
     Direct,
 }
 
+/// [`deliver4`] for all but the commonest tunnel, whose code is by itself.
+#[inline(never)]
+pub(crate) fn deliver4_otherwise(
+    packet: &[u8],
+    strip: usize,
+    sender: Sender<u32>,
+    table: &Table<'_>,
+) -> Result<FromNic, DropReason> {
+    deliver4(packet, strip, sender, table)
+}
+
 /// Decides about an inner IPv4 packet that was `strip` bytes inside its frame; bytes may follow it.
-#[inline]
+#[inline(always)]
 pub(crate) fn deliver4(
     packet: &[u8],
     strip: usize,
@@ -84,7 +95,7 @@ pub(crate) fn deliver6(
 }
 
 /// The header of an IPv4 packet from the wire, if it is possible, whole and right; and the packet's length.
-#[inline]
+#[inline(always)]
 fn header4(packet: &[u8]) -> Result<(&[u8; IPV4_LEN], usize), DropReason> {
     let ip = packet
         .first_chunk::<IPV4_LEN>()
@@ -100,12 +111,18 @@ fn header4(packet: &[u8]) -> Result<(&[u8; IPV4_LEN], usize), DropReason> {
     let sum = if header_len == IPV4_LEN {
         wire::ipv4_sum(ip)
     } else {
-        wire::sum(packet.get(..header_len).ok_or(DropReason::InnerLength)?)
+        sum_with_options(packet, header_len)
     };
     if sum != 0xffff {
         return Err(DropReason::InnerChecksum);
     }
     Ok((ip, total_len))
+}
+
+/// Options are rare, and summing any length is long code.
+#[cold]
+fn sum_with_options(packet: &[u8], header_len: usize) -> u16 {
+    packet.get(..header_len).map_or(0, wire::sum)
 }
 
 #[inline]

@@ -90,6 +90,8 @@ pub struct Table<'r> {
     pub uplink: Option<u8>,
     /// 802.1Q identifier that frames on the worker's NIC carry; 0 for none.
     pub vlan: u16,
+    /// Whether all that can come is VXLAN without a tag on the underlay.
+    pub only_vxlan: bool,
     /// Seed of the flow hash.
     pub flow_seed: u64,
 }
@@ -121,6 +123,9 @@ impl<'r> Table<'r> {
             },
             uplink: nic.map(|nic| nic.uplink),
             vlan: nic.map_or(0, |nic| nic.vlan),
+            only_vxlan: node.backend == Backend::Vxlan
+                && !node.direct
+                && nic.is_none_or(|nic| nic.vlan == 0),
             flow_seed: node.flow_seed,
         }
     }

@@ -279,7 +279,11 @@ impl<'r> Image<'r> {
     /// nothing; it is there to be used, or the compiler would leave the loads out.
     #[inline]
     pub fn warm_route4(&self, addr: u32) -> u64 {
-        self.warm_hop(self.lookup4(addr))
+        match self.lookup4(addr) {
+            // The commonest by itself, short enough to be part of the caller.
+            Hop::Via(Encap::Vxlan4, id) => first_word(self.templates, id.0 as usize * SHORT_WORDS),
+            hop => self.warm_hop(hop),
+        }
     }
 
     /// As [`Image::warm_route4`].
@@ -288,7 +292,7 @@ impl<'r> Image<'r> {
         self.warm_hop(self.lookup6(addr))
     }
 
-    #[inline]
+    #[inline(never)]
     fn warm_hop(&self, hop: Hop) -> u64 {
         match hop {
             Hop::Via(encap, id) if !encap.is_long() => {

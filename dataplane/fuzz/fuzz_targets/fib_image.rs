@@ -12,8 +12,8 @@ use ripstop_fib::publish::region_words;
 use ripstop_fib::stats::{STATS_WORDS, Stats};
 use ripstop_fib::sync::words;
 use ripstop_fib::{
-    Adjacency, AdjacencyId, Backend, Dscp, Encap, Ethernet, FAMILY_IPV4, Image, ImageBuilder, LeaseRecord,
-    Local, NICS, NicRecord, Node, PathsId, Publisher, Reader, Region, Route, Word,
+    Adjacency, AdjacencyId, Backend, Dscp, Encap, Ethernet, FAMILY_IPV4, Image, ImageBuilder,
+    LeaseRecord, Local, NICS, NicRecord, Node, PathsId, Publisher, Reader, Region, Route, Word,
 };
 
 const SLOTS: usize = 2;
@@ -227,9 +227,17 @@ fn large_image() -> &'static [u64] {
         let via = Route::Via(AdjacencyId(0));
         builder.route4(Ipv4Addr::new(10, 244, 2, 0), 24, via);
         builder.route4(Ipv4Addr::new(10, 244, 3, 0), 25, Route::Unresolved);
-        builder.route6(Ipv6Addr::from(0xfd10_0244_0002 << 80), 52, Route::Via(AdjacencyId(1)));
+        builder.route6(
+            Ipv6Addr::from(0xfd10_0244_0002 << 80),
+            52,
+            Route::Via(AdjacencyId(1)),
+        );
         builder.route4(Ipv4Addr::new(10, 244, 5, 0), 24, Route::Paths(PathsId(0)));
-        builder.route6(Ipv6Addr::from(0xfd10_0244_0002_0001 << 64), 64, Route::Local);
+        builder.route6(
+            Ipv6Addr::from(0xfd10_0244_0002_0001 << 64),
+            64,
+            Route::Local,
+        );
         builder.build().expect("a good image")
     })
 }

@@ -19,7 +19,7 @@ pub(crate) fn receive4(packet: &[u8], at: usize, table: &Table<'_>) -> Result<Fr
             .first_chunk::<IPV4_LEN>()
             .ok_or(DropReason::OuterTruncated)?,
     )?;
-    inner::deliver4(packet, at, Sender::Direct, table)
+    inner::deliver4_otherwise(packet, at, Sender::Direct, table)
 }
 
 /// As [`receive4`], for IPv6.

@@ -52,7 +52,7 @@ fn length(bytes: usize) -> u16 {
 
 /// Checks the outer IPv4 header of a tunnel packet: plain, whole, right, to us, of this protocol. Returns it with the
 /// packet's length, which is not yet compared with the frame's.
-#[inline]
+#[inline(always)]
 fn outer4(packet: &[u8], local: u32, protocol: u8) -> Result<(&[u8; IPV4_LEN], usize), DropReason> {
     let ip = packet
         .first_chunk::<IPV4_LEN>()

@@ -38,7 +38,7 @@ pub(crate) fn decapsulate(
         .ok_or(DropReason::OuterLength)?;
     let source = wire::be32(ip, 12);
     let sender = Sender::Tunnel(source, ip[1]);
-    inner::deliver4(inner, at + IPV4_LEN + UDP_LEN, sender, table)
+    inner::deliver4_otherwise(inner, at + IPV4_LEN + UDP_LEN, sender, table)
         .map_err(|reason| super::vxlan::blame4(reason, source, table))
 }
 

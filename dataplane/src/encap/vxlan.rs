@@ -33,7 +33,7 @@ const MIDDLE_LEN: usize = UDP_LEN + VXLAN_LEN + ETHERNET_LEN;
 const VXLAN_FLAGS: u32 = 0x0800_0000;
 
 /// Takes a received IPv4 packet apart that begins `at` bytes inside its frame, or says why not.
-#[inline]
+#[inline(always)]
 pub(crate) fn decapsulate4(
     packet: &[u8],
     at: usize,
@@ -56,10 +56,11 @@ pub(crate) fn decapsulate4(
     let inner = packet
         .get(INNER..total_len)
         .ok_or(DropReason::OuterLength)?;
-    let delivered = ethernet(inner, &table.v4.vtep_mac, ETHERTYPE_IPV4).and_then(|packet| {
-        let sender = Sender::Tunnel(source, ip[1]);
-        inner::deliver4(packet, at + INNER + ETHERNET_LEN, sender, table)
-    });
+    let sender = Sender::Tunnel(source, ip[1]);
+    let delivered = match ethernet(inner, &table.v4.vtep_mac, ETHERTYPE_IPV4) {
+        Ok(packet) => inner::deliver4(packet, at + INNER + ETHERNET_LEN, sender, table),
+        Err(reason) => Err(reason),
+    };
     match delivered {
         Ok(verdict) => Ok(verdict),
         Err(reason) => Err(blame4(reason, source, table)),
@@ -109,7 +110,7 @@ pub(crate) fn decapsulate6(
 }
 
 /// Checks port and room for the VXLAN header; returns the datagram's length.
-#[inline]
+#[inline(always)]
 fn udp(tunnel: &[u8; UDP_LEN + VXLAN_LEN], table: &Table<'_>) -> Result<usize, DropReason> {
     if wire::be16(tunnel, 2) != table.udp_port {
         return Err(DropReason::OuterDestination);
@@ -121,7 +122,7 @@ fn udp(tunnel: &[u8; UDP_LEN + VXLAN_LEN], table: &Table<'_>) -> Result<usize, D
     Ok(udp_len)
 }
 
-#[inline]
+#[inline(always)]
 fn vxlan(tunnel: &[u8; UDP_LEN + VXLAN_LEN], table: &Table<'_>) -> Result<(), DropReason> {
     if wire::be32(tunnel, UDP_LEN) != VXLAN_FLAGS || tunnel[UDP_LEN + 7] != 0 {
         return Err(DropReason::VxlanFlags);
@@ -133,7 +134,7 @@ fn vxlan(tunnel: &[u8; UDP_LEN + VXLAN_LEN], table: &Table<'_>) -> Result<(), Dr
 }
 
 /// Checks the inner Ethernet header: to our VTEP, from another, of the tunnel's family. Returns what is behind it.
-#[inline]
+#[inline(always)]
 fn ethernet<'p>(
     inner: &'p [u8],
     vtep_mac: &[u8; 6],

@@ -297,7 +297,8 @@ pub(crate) fn image_with(own: u8, change: impl Fn(&mut Node), vlan: Option<u16>)
                 builder.peer4(theirs.address, theirs.subnet.0, theirs.subnet.1);
             }
         }
-        if let (Some(_), Some(theirs)) = (us.v6, them.v6) {
+        let ipv6 = !matches!(us.backend, Backend::Ipip | Backend::Udp);
+        if let (true, Some(_), Some(theirs)) = (ipv6, us.v6, them.v6) {
             let route = if peer == own {
                 Route::Local
             } else if peer == 4 {
