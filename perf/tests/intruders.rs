@@ -683,6 +683,11 @@ fn from_a_pod(attacks: &mut Attacks<'_>) {
             address::pod6(PEER, 9),
         ),
         ("a pod of nobody", address::pod(99, 0), address::pod6(99, 0)),
+        (
+            "another node",
+            address::underlay(OTHER),
+            address::underlay6(OTHER),
+        ),
     ] {
         attacks.pod(
             &format!("in the name of {name}"),
