@@ -87,8 +87,13 @@ impl DataPlane {
             .append(true)
             .open(directory.join("log"))
             .unwrap();
+        // In a guest of the VM lab the program is elsewhere.
+        let program = std::env::var_os("RIPSTOP_BIN_DIR").map_or_else(
+            || env!("CARGO_BIN_EXE_ripstop-dataplane").into(),
+            |directory| Path::new(&directory).join("ripstop-dataplane"),
+        );
         // Forked from this thread, and so in its namespace.
-        Command::new(env!("CARGO_BIN_EXE_ripstop-dataplane"))
+        Command::new(program)
             .arg("--config-dir")
             .arg(directory.join("config"))
             .arg("--run-dir")
