@@ -7,7 +7,7 @@
 //!
 //! The encapsulations are leaves in `encap`; which one applies is decided here.
 
-use ripstop_fib::{AdjacencyId, Backend, Encap, Hop};
+use ripstop_fib::{AdjacencyId, Backend, Encap, Hop, LongTemplate};
 
 use crate::encap::{direct, ipip, udp, vxlan};
 use crate::flow;
@@ -66,7 +66,7 @@ pub fn from_host(
 pub fn warm_from_nic(frame: &[u8], table: &Table<'_>) -> u64 {
     const SOURCE: usize = ETHERNET_LEN + 12;
     match frame.get(SOURCE..SOURCE + 4) {
-        Some(source) if table.only_vxlan && frame[ETHERNET_LEN] >> 4 == 4 => {
+        Some(source) if table.short_tunnel && frame[ETHERNET_LEN] >> 4 == 4 => {
             table.image.warm_peer4(wire::be32(source, 0))
         }
         _ => warm_from_nic_otherwise(frame, table),
@@ -100,8 +100,8 @@ fn warm_from_nic_otherwise(frame: &[u8], table: &Table<'_>) -> u64 {
 #[inline]
 pub fn warm_from_host(packet: &[u8], table: &Table<'_>) -> u64 {
     match packet.get(16..20) {
-        Some(destination) if table.only_vxlan && packet[0] >> 4 == 4 => {
-            table.image.warm_vxlan4(wire::be32(destination, 0))
+        Some(destination) if table.short_tunnel && packet[0] >> 4 == 4 => {
+            table.image.warm_short4(wire::be32(destination, 0))
         }
         _ => warm_from_host_otherwise(packet, table),
     }
@@ -129,16 +129,18 @@ fn received(frame: &[u8], table: &Table<'_>) -> Result<FromNic, DropReason> {
         .split_first_chunk::<ETHERNET_LEN>()
         .ok_or(DropReason::OuterTruncated)?;
     let ether_type = wire::be16(ethernet, 12);
-    if table.vlan == 0 {
-        return received_ip(rest, ether_type, ETHERNET_LEN, table);
-    }
-    let (tag, packet) = rest
-        .split_first_chunk::<VLAN_LEN>()
-        .ok_or(DropReason::OuterTruncated)?;
-    if ether_type != ETHERTYPE_VLAN || wire::be16(tag, 0) & 0x0fff != table.vlan {
-        return Err(DropReason::OuterHeader);
-    }
-    received_ip(packet, wire::be16(tag, 2), ETHERNET_LEN + VLAN_LEN, table)
+    let (packet, ether_type, at) = if table.vlan == 0 {
+        (rest, ether_type, ETHERNET_LEN)
+    } else {
+        let (tag, packet) = rest
+            .split_first_chunk::<VLAN_LEN>()
+            .ok_or(DropReason::OuterTruncated)?;
+        if ether_type != ETHERTYPE_VLAN || wire::be16(tag, 0) & 0x0fff != table.vlan {
+            return Err(DropReason::OuterHeader);
+        }
+        (packet, wire::be16(tag, 2), ETHERNET_LEN + VLAN_LEN)
+    };
+    received_ip(packet, ether_type, at, table)
 }
 
 /// Decides about a packet that begins `at` bytes inside its frame.
@@ -205,6 +207,9 @@ fn send4(
                 &template, packet, ip, table, hash, id, front,
             ))
         }
+        Hop::Via(encap, id) if table.v4.is_local(wire::be32(ip, 12)) && !inner::is_unusual4(ip) => {
+            send4_via(encap, id, packet, ip, front, table, identification)
+        }
         hop @ (Hop::Via(..) | Hop::Paths(_) | Hop::None | Hop::Local | Hop::Unresolved) => {
             send4_otherwise(hop, packet, ip, front, table, identification)
         }
@@ -227,8 +232,23 @@ fn send4_otherwise(
     let hash = || flow::hash4(packet, ip, table.flow_seed);
     let (encap, adjacency) = path(hop, hash, table)?;
     may_send(&table.v4, wire::be32(ip, 12), encap)?;
+    send4_via(encap, adjacency, packet, ip, front, table, id)
+}
+
+/// Encapsulates. VXLAN without a tag comes here only on the unusual way.
+#[inline(never)]
+fn send4_via(
+    encap: Encap,
+    adjacency: AdjacencyId,
+    packet: &[u8],
+    ip: &[u8; IPV4_LEN],
+    front: &mut Front,
+    table: &Table<'_>,
+    id: u16,
+) -> Result<usize, DropReason> {
+    let hash = || flow::hash4(packet, ip, table.flow_seed);
     if encap == Encap::Vxlan4Tagged {
-        let template = long(table, adjacency)?;
+        let template = &long(table, adjacency)?;
         return Ok(vxlan::encapsulate4_tagged(
             template,
             packet,
@@ -272,7 +292,7 @@ fn send6(packet: &[u8], front: &mut Front, table: &Table<'_>) -> Result<usize, D
     let source = wire::be128(ip, 8);
     may_send(&table.v6, source, encap)?;
     Ok(match encap {
-        Encap::Vxlan6 => vxlan::encapsulate6(long(table, id)?, packet, ip, table, hash(), front),
+        Encap::Vxlan6 => vxlan::encapsulate6(&long(table, id)?, packet, ip, table, hash(), front),
         Encap::Direct => {
             let template = table.image.template(id);
             direct::encapsulate(&template.ok_or(DropReason::TableDamaged)?, front)
@@ -284,11 +304,10 @@ fn send6(packet: &[u8], front: &mut Front, table: &Table<'_>) -> Result<usize, D
 }
 
 #[inline]
-fn long(table: &Table<'_>, id: AdjacencyId) -> Result<(usize, [u64; 12]), DropReason> {
+fn long<'r>(table: &Table<'r>, id: AdjacencyId) -> Result<LongTemplate<'r>, DropReason> {
     table
         .image
         .long_template(id)
-        .filter(|(push, _)| *push <= ripstop_fib::HEADER_MAX)
         .ok_or(DropReason::TableDamaged)
 }
 

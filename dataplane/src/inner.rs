@@ -19,17 +19,6 @@ pub(crate) enum Sender<A> {
     Direct,
 }
 
-/// [`deliver4`] for all but the commonest tunnel, whose code is by itself.
-#[inline(never)]
-pub(crate) fn deliver4_otherwise(
-    packet: &[u8],
-    strip: usize,
-    sender: Sender<u32>,
-    table: &Table<'_>,
-) -> Result<FromNic, DropReason> {
-    deliver4(packet, strip, sender, table)
-}
-
 /// Decides about an inner IPv4 packet that was `strip` bytes inside its frame; bytes may follow it.
 #[inline(always)]
 pub(crate) fn deliver4(

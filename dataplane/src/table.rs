@@ -90,8 +90,10 @@ pub struct Table<'r> {
     pub uplink: Option<u8>,
     /// 802.1Q identifier that frames on the worker's NIC carry; 0 for none.
     pub vlan: u16,
-    /// Whether all that can come is VXLAN without a tag on the underlay.
+    /// Whether all that can come over IPv4 is VXLAN, without a tag on the underlay.
     pub only_vxlan: bool,
+    /// Whether IPv4 goes through a tunnel, and without a tag: headers are short, and senders are looked up as peers.
+    pub short_tunnel: bool,
     /// Seed of the flow hash.
     pub flow_seed: u64,
 }
@@ -126,6 +128,8 @@ impl<'r> Table<'r> {
             only_vxlan: node.backend == Backend::Vxlan
                 && !node.direct
                 && nic.is_none_or(|nic| nic.vlan == 0),
+            short_tunnel: nic.is_none_or(|nic| nic.vlan == 0)
+                && matches!(node.backend, Backend::Vxlan | Backend::Ipip | Backend::Udp),
             flow_seed: node.flow_seed,
         }
     }

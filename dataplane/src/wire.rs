@@ -115,6 +115,28 @@ pub fn sum(bytes: &[u8]) -> u16 {
     u16::from_be_bytes(folded.to_ne_bytes())
 }
 
+/// [`sum`] of a few bytes, whose number is known when this is compiled.
+#[inline]
+pub fn short_sum<const N: usize>(bytes: &[u8; N]) -> u16 {
+    let (words, rest) = bytes.as_chunks::<8>();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let mut sum = u64::from_ne_bytes(last);
+    for word in words {
+        // The carry goes round: one's complement arithmetic, whatever the width.
+        let (wrapped, carry) = sum.overflowing_add(u64::from_ne_bytes(*word));
+        sum = wrapped + u64::from(carry);
+    }
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    let sum = (sum & 0xffff) + (sum >> 16 & 0xffff) + (sum >> 32);
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "three 16-bit numbers add up to 18 bits"
+    )]
+    let folded = fold(sum as u32);
+    u16::from_be_bytes(folded.to_ne_bytes())
+}
+
 /// The checksum after one 16-bit word of the data changed from `old` to `new` (RFC 1624 section 3, equation 3).
 #[inline]
 pub fn checksum_after(checksum: u16, old: u16, new: u16) -> u16 {

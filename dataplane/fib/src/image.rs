@@ -106,6 +106,25 @@ pub struct Image<'r> {
     base6: Base6,
 }
 
+/// A header of more than 64 bytes, where it lies in the image.
+#[derive(Debug, Clone, Copy)]
+pub struct LongTemplate<'r>(&'r [Word; LONG_WORDS]);
+
+impl LongTemplate<'_> {
+    /// Length of the header; [`HEADER_MAX`] where a damaged table claims more.
+    #[inline]
+    pub fn length(&self) -> usize {
+        let claimed = self.0[0].load(Ordering::Relaxed) & 0xff;
+        (claimed as usize).min(HEADER_MAX)
+    }
+
+    /// The last [`HEADER_MAX`] bytes before the inner packet as words, first byte lowest.
+    #[inline]
+    pub fn header(&self) -> [u64; HEADER_MAX / 8] {
+        core::array::from_fn(|index| self.0[LONG_HEADER_WORD + index].load(Ordering::Relaxed))
+    }
+}
+
 impl<'r> Image<'r> {
     /// Checks the header and the place of every section. Does not compute the checksum: see [`Image::verify`].
     ///
@@ -237,15 +256,11 @@ impl<'r> Image<'r> {
         }))
     }
 
-    /// The long template of an adjacency ([`Encap::Vxlan4Tagged`] and [`Encap::Vxlan6`]): the length of its header, and
-    /// the last [`HEADER_MAX`] bytes before the inner packet. `None` if there is no such adjacency.
+    /// The long template of an adjacency ([`Encap::Vxlan4Tagged`] and [`Encap::Vxlan6`]). `None` if there is no such
+    /// adjacency.
     #[inline]
-    pub fn long_template(&self, id: AdjacencyId) -> Option<(usize, [u64; HEADER_MAX / 8])> {
-        let words = template_words::<LONG_WORDS>(self.long_templates, id)?;
-        let length = words[0].load(Ordering::Relaxed) & 0xff;
-        let header =
-            core::array::from_fn(|index| words[LONG_HEADER_WORD + index].load(Ordering::Relaxed));
-        Some((length as usize, header))
+    pub fn long_template(&self, id: AdjacencyId) -> Option<LongTemplate<'r>> {
+        template_words(self.long_templates, id).map(LongTemplate)
     }
 
     /// The path of a flow: `hash` is any number that is the same for all its packets and evenly spread over flows.
@@ -286,7 +301,7 @@ impl<'r> Image<'r> {
 
     /// The same where all routes lead to short templates: less code.
     #[inline]
-    pub fn warm_vxlan4(&self, addr: u32) -> u64 {
+    pub fn warm_short4(&self, addr: u32) -> u64 {
         match self.lookup4(addr) {
             Hop::Via(_, id) => first_word(self.templates, id.0 as usize * SHORT_WORDS),
             Hop::Paths(_) | Hop::None | Hop::Local | Hop::Unresolved => 0,
@@ -338,8 +353,8 @@ impl<'r> Image<'r> {
             words.iter().flat_map(|word| word.to_le_bytes()).collect()
         };
         let (bytes, length) = if encap.is_long() {
-            let (length, words) = self.long_template(id)?;
-            (flat(&words), length)
+            let template = self.long_template(id)?;
+            (flat(&template.header()), template.length())
         } else {
             let words = self.template(id)?;
             let length = match encap {

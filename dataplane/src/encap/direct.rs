@@ -12,14 +12,14 @@ use super::{plain4, write};
 ///
 /// What the sender's Ethernet address is does not matter: on one link everybody can forge it, and when a node's changes
 /// its packets must go on.
-#[inline]
+#[inline(never)]
 pub(crate) fn receive4(packet: &[u8], at: usize, table: &Table<'_>) -> Result<FromNic, DropReason> {
     plain4(
         packet
             .first_chunk::<IPV4_LEN>()
             .ok_or(DropReason::OuterTruncated)?,
     )?;
-    inner::deliver4_otherwise(packet, at, Sender::Direct, table)
+    inner::deliver4(packet, at, Sender::Direct, table)
 }
 
 /// As [`receive4`], for IPv6.

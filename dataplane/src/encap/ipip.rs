@@ -16,7 +16,7 @@ use crate::wire::{self, DONT_FRAGMENT, IPV4_LEN, PROTOCOL_IPIP};
 use super::{field, field_of, length, outer4, write};
 
 /// Takes a received packet apart that begins `at` bytes inside its frame, or says why not.
-#[inline]
+#[inline(never)]
 pub(crate) fn decapsulate(
     packet: &[u8],
     at: usize,
@@ -28,7 +28,7 @@ pub(crate) fn decapsulate(
         .ok_or(DropReason::OuterLength)?;
     let source = wire::be32(ip, 12);
     let sender = Sender::Tunnel(source, ip[1]);
-    inner::deliver4_otherwise(inner, at + IPV4_LEN, sender, table)
+    inner::deliver4(inner, at + IPV4_LEN, sender, table)
         .map_err(|reason| super::vxlan::blame4(reason, source, table))
 }
 

@@ -13,7 +13,7 @@
 //! packet has its own. Over IPv6 there is no header checksum, so a UDP checksum must be there and be right (RFC 8200
 //! section 8.1); mostly it is made and verified without a look at the payload, see [`wire::ipv6_sum_by_transport`].
 
-use ripstop_fib::{HEADER_MAX, PeerCheck};
+use ripstop_fib::{LongTemplate, PeerCheck};
 
 use crate::flow::source_port;
 use crate::inner::{self, Sender};
@@ -184,7 +184,7 @@ fn blame(reason: DropReason, check: PeerCheck) -> DropReason {
 #[inline]
 fn udp6_checksum(packet: &[u8]) -> Result<(), DropReason> {
     /// From the outer addresses to the inner hop limit: pseudo header, UDP, VXLAN, Ethernet, start of the inner header.
-    const SUMMED: core::ops::Range<usize> = 8..IPV6_LEN + MIDDLE_LEN + 8;
+    const SUMMED: usize = IPV6_LEN + MIDDLE_LEN;
     const INNER: usize = IPV6_LEN + MIDDLE_LEN;
     let Some(head) = packet.first_chunk::<{ INNER + IPV6_LEN }>() else {
         return udp6_checksum_of_all(packet);
@@ -202,7 +202,10 @@ fn udp6_checksum(packet: &[u8]) -> Result<(), DropReason> {
         return udp6_checksum_of_all(packet);
     }
     // See `wire::ipv6_sum_by_transport`: the inner length is not counted, the inner protocol is taken off.
-    let sum = u32::from(wire::sum(&head[SUMMED]))
+    let Some(summed) = head[8..].first_chunk::<SUMMED>() else {
+        return udp6_checksum_of_all(packet);
+    };
+    let sum = u32::from(wire::short_sum(summed))
         + u32::from(PROTOCOL_UDP)
         + u32::from(outer_len)
         + u32::from(!inner_len)
@@ -264,7 +267,7 @@ pub(crate) fn encapsulate4(
 /// The same for a header with a VLAN tag, whose first bytes do not vary.
 #[inline]
 pub(crate) fn encapsulate4_tagged(
-    (push, template): (usize, [u64; HEADER_MAX / 8]),
+    template: &LongTemplate<'_>,
     packet: &[u8],
     ip: &[u8; IPV4_LEN],
     table: &Table<'_>,
@@ -272,11 +275,12 @@ pub(crate) fn encapsulate4_tagged(
     identification: u16,
     front: &mut Front,
 ) -> usize {
-    store(&template, front);
-    if let Some(last) = template.last_chunk::<8>() {
-        encapsulate4_otherwise(last, packet, ip, table, hash, identification, front);
+    let mut words = template.header();
+    if let Some(last) = words.last_chunk_mut::<8>() {
+        *last = filled4(last, packet, ip, table, hash, identification);
     }
-    push
+    store(&words, front);
+    template.length()
 }
 
 /// ```text
@@ -319,14 +323,14 @@ fn filled4(
 /// ```
 #[inline]
 pub(crate) fn encapsulate6(
-    (push, template): (usize, [u64; HEADER_MAX / 8]),
+    template: &LongTemplate<'_>,
     packet: &[u8],
     ip: &[u8; IPV6_LEN],
     table: &Table<'_>,
     hash: u64,
     front: &mut Front,
 ) -> usize {
-    let mut words = template;
+    let mut words = template.header();
     let udp_len = length(packet.len() + MIDDLE_LEN);
     let class = wire::traffic_class(ip) & table.tos_mask;
     let port = source_port(hash);
@@ -348,5 +352,5 @@ pub(crate) fn encapsulate6(
     words[8] |= field(port, 2) | field(udp_len, 6);
     words[9] = words[9] & !0xffff | field(checksum, 0);
     store(&words, front);
-    push
+    template.length()
 }
