@@ -16,6 +16,7 @@ mod inner;
 pub mod memory;
 pub mod nic;
 pub mod nic_queue;
+pub mod nic_settings;
 pub mod pace;
 pub mod port;
 pub mod table;

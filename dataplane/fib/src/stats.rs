@@ -156,26 +156,30 @@ catalogue! {
 catalogue! {
     /// What became of the frames that the XDP program of a NIC saw. Each frame has exactly one outcome.
     XdpCounter {
-        /// Tunnel packet, handed to the worker of its receive queue.
+        /// Packet from another node's pod, handed to the worker of its receive queue.
         Redirected = "redirected";
-        /// Tunnel packet on a receive queue without a worker, left to the kernel: add a configuration file for that queue.
+        /// Such a packet on a receive queue without a worker, left to the kernel: add a configuration file for that queue.
         NoSocket = "no_socket";
-        /// UDP fragment to this node, left to the kernel: a path MTU below the tunnel's outer packet.
+        /// Fragment to this node's tunnel address or pods, left to the kernel: a path MTU below the tunnel's outer packet.
         Fragment = "fragment";
-        /// Tunnel packet with IP options, left to the kernel.
+        /// Packet with IP options or IPv6 extension headers to this node's tunnel or pods, left to the kernel.
         IpOptions = "ip_options";
-        /// Tunnel packet whose IP, UDP and frame lengths disagree, left to the kernel: a broken or hostile sender.
+        /// Packet for a worker whose IP, UDP and frame lengths disagree, left to the kernel: a broken or hostile sender.
         BadLength = "bad_length";
         /// Tunnel packet with unknown VXLAN flags or reserved bits, left to the kernel: a sender with extensions.
         VxlanFlags = "vxlan_flags";
         /// Tunnel packet of another VNI, left to the kernel: another overlay, or a peer configured differently.
         OtherVni = "other_vni";
-        /// Tunnel packet longer than a UMEM frame, left to the kernel: raise umem.frameSize; in generic mode GRO makes them.
+        /// Packet longer than a UMEM frame, left to the kernel: raise umem.frameSize; in generic mode GRO makes them.
         TooLong = "too_long";
-        /// Not for the tunnel, left to the kernel.
+        /// Not for a worker, left to the kernel.
         PassedOther = "passed_other";
-        /// Tunnel packet for a worker that has stopped moving, left to the kernel: look for a stopped or starved data plane.
+        /// Packet for a worker that has stopped moving, left to the kernel: look for a stopped or starved data plane.
         Stalled = "stalled";
+        /// Frame of another VLAN than the underlay's, left to the kernel: another network; or the NIC has taken the tag off.
+        OtherVlan = "other_vlan";
+        /// Tunnel packet over IPv6 without a UDP checksum, left to the kernel: a sender that is configured to omit it.
+        UdpChecksum = "udp_checksum";
     }
 }
 

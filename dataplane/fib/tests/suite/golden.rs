@@ -307,7 +307,7 @@ fn the_catalogues() {
         "rx_dropped rx_invalid_descriptors tx_invalid_descriptors rx_ring_full fill_ring_empty \
          tx_ring_empty",
         "redirected no_socket fragment ip_options bad_length vxlan_flags other_vni too_long \
-         passed_other stalled",
+         passed_other stalled other_vlan udp_checksum",
         "zero-copy copy generic",
         "busy adaptive",
         "outer_truncated outer_header outer_fragment outer_checksum outer_length outer_destination \
