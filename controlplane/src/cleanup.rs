@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 use ripstop_fib::map::{
     CONTROLPLANE_LOCK, DATAPLANE_LOCK, FIB_FILE, MapError, STATS_FILE, lock_owner, open_fib,
 };
-use ripstop_fib::{Image, Region};
+use ripstop_fib::{Backend, Image, Region};
 use serde::Serialize;
 
 use crate::detour;
-use crate::netlink::message::{self, Link, RouteFilter};
+use crate::family::Family;
+use crate::fou::{Fou, FouError};
+use crate::netlink::message::{self, RouteFilter};
 use crate::netlink::{Netlink, NetlinkError, Refusal, Request};
 use crate::rules::{self, FilterError};
 use crate::standby::{self, PROTOCOL, TABLE_MAIN};
@@ -41,6 +43,9 @@ pub enum CleanupError {
         /// The kernel's answer.
         refusal: Refusal,
     },
+    /// The receive port stays.
+    #[error(transparent)]
+    Fou(#[from] FouError),
     /// The filter stays.
     #[error(transparent)]
     Filter(#[from] FilterError),
@@ -88,7 +93,7 @@ impl core::fmt::Display for Cleanup {
     }
 }
 
-/// Removes rule, routes, filter and files; with `with_standby`, also the kernel's VXLAN path.
+/// Removes rules, routes, filter and files; with `with_standby`, also the kernel's own path, whatever the backend.
 pub fn cleanup(run_dir: &Path, force: bool, with_standby: bool) -> Result<Cleanup, CleanupError> {
     for (process, name) in [
         ("control plane", CONTROLPLANE_LOCK),
@@ -104,20 +109,30 @@ pub fn cleanup(run_dir: &Path, force: bool, with_standby: bool) -> Result<Cleanu
     let state = State::read(run_dir).ok();
     let table = state.as_ref().map_or(detour::TABLE, |state| state.table);
     let mut netlink = Netlink::open()?;
-    done.note(remove_rules(&mut netlink, table));
-    done.note(remove_routes(&mut netlink, table, "detour routes"));
+    for family in Family::ALL {
+        done.note(remove_rules(&mut netlink, family, table));
+        for table in [table, detour::host_table(table)] {
+            done.note(remove_routes(&mut netlink, family, table, "detour routes"));
+        }
+    }
     if with_standby {
-        // The device takes its neighbours, forwarding entries and routes with it; what is left is elsewhere.
-        done.note(remove_device(&mut netlink, state.as_ref(), run_dir));
-        done.note(remove_routes(
-            &mut netlink,
-            TABLE_MAIN,
-            "routes of the main table",
-        ));
+        // A device takes its neighbours, forwarding entries and routes with it; what is left is elsewhere.
+        for removed in remove_devices(&mut netlink, state.as_ref(), run_dir)? {
+            done.note(removed);
+        }
+        for family in Family::ALL {
+            done.note(remove_routes(
+                &mut netlink,
+                family,
+                TABLE_MAIN,
+                "routes of the main table",
+            ));
+        }
+        done.note(remove_port(state.as_ref(), run_dir));
     }
     done.note(match rules::remove() {
         Ok(true) => Ok(Some(format!(
-            "peer filter (nftables table ip {})",
+            "peer filter (nftables tables {})",
             rules::TABLE
         ))),
         Ok(false) => Ok(None),
@@ -164,81 +179,87 @@ fn execute(
     }
 }
 
-fn remove_rules(netlink: &mut Netlink, table: u32) -> Result<Option<String>, CleanupError> {
-    let rules = netlink.rules()?;
+fn remove_rules(
+    netlink: &mut Netlink,
+    family: Family,
+    table: u32,
+) -> Result<Option<String>, CleanupError> {
+    let rules = netlink.rules(family)?;
     let requests: Vec<_> = rules
         .iter()
         .filter(|rule| detour::is_our_rule(rule, table))
         .map(message::delete_rule)
         .collect();
-    execute(netlink, &requests, format!("rule to table {table}"))
+    execute(
+        netlink,
+        &requests,
+        format!("{family} rule to table {table}"),
+    )
 }
 
 fn remove_routes(
     netlink: &mut Netlink,
+    family: Family,
     table: u32,
     what: &str,
 ) -> Result<Option<String>, CleanupError> {
-    let routes = netlink.routes(RouteFilter { table, link: 0 })?;
-    let requests: Vec<_> = routes
-        .iter()
-        .filter(|route| route.protocol == PROTOCOL)
-        .map(message::delete_route)
-        .collect();
+    let routes = netlink.routes(RouteFilter {
+        protocol: PROTOCOL,
+        ..RouteFilter::table(family, table)
+    })?;
+    let requests: Vec<_> = routes.iter().map(message::delete_route).collect();
     execute(
         netlink,
         &requests,
-        format!("{} {what} (table {table})", requests.len()),
+        format!("{} {family} {what} (table {table})", requests.len()),
     )
 }
 
-/// The VXLAN device, by what the control plane or the forwarding table say; never another one.
-fn remove_device(
+/// Backend and port of the forwarding table, if there is one.
+fn from_table(run_dir: &Path) -> Option<(Vec<String>, Option<u16>)> {
+    let mapping = open_fib(run_dir).ok()?;
+    let (_, words) = Region::attach(mapping.words()).ok()?.snapshot()?;
+    let node = Image::attach(&words).ok()?.node();
+    Some(match node.backend {
+        Backend::Vxlan => (standby::vxlan_names(node.vni).into(), None),
+        Backend::Ipip => (vec![standby::IPIP_DEVICE.to_owned()], None),
+        Backend::Udp => (vec![standby::UDP_DEVICE.to_owned()], Some(node.udp_port)),
+        Backend::Alloc | Backend::HostGw => (Vec::new(), None),
+    })
+}
+
+/// The tunnel devices, by what the control plane or the forwarding table say, or by the routes that lie on them; never
+/// another one.
+fn remove_devices(
     netlink: &mut Netlink,
     state: Option<&State>,
     run_dir: &Path,
-) -> Result<Option<String>, CleanupError> {
-    let from_table = || {
-        let mapping = open_fib(run_dir).ok()?;
-        let (_, words) = Region::attach(mapping.words()).ok()?.snapshot()?;
-        Some(standby::device_name(Image::attach(&words).ok()?.node().vni))
+) -> Result<Vec<Result<Option<String>, CleanupError>>, CleanupError> {
+    let known = match state {
+        Some(state) => state.standby_devices.clone(),
+        None => from_table(run_dir).map_or(Vec::new(), |(names, _)| names),
     };
     let links = netlink.links()?;
-    let name = state
-        .map(|state| state.standby_device.clone())
-        .or_else(from_table);
-    let is_ours = |link: &Link| {
-        let of_that_name = name.as_ref() == Some(&link.name);
-        of_that_name
-            && link
-                .vxlan
-                .as_ref()
-                .is_some_and(|vxlan| standby::device_name(vxlan.vni) == link.name)
+    let ours = standby::stale_devices(netlink, &links, &[], &known)?;
+    let remove = |link: message::Link| {
+        let what = format!("device {}", link.name);
+        execute(netlink, &[message::delete_link(link.index)], what)
     };
-    let mut found = links.iter().find(|link| is_ours(link));
-    if found.is_none() {
-        // The run directory is gone: the device is known by the routes that lie on it.
-        let routes = netlink.routes(RouteFilter {
-            table: TABLE_MAIN,
-            link: 0,
-        })?;
-        found = links.iter().find(|link| {
-            let carries_ours = routes
-                .iter()
-                .any(|route| route.link == link.index && route.protocol == PROTOCOL);
-            carries_ours
-                && link
-                    .vxlan
-                    .as_ref()
-                    .is_some_and(|vxlan| standby::device_name(vxlan.vni) == link.name)
-        });
-    }
-    match found {
-        Some(link) => execute(
-            netlink,
-            &[message::delete_link(link.index)],
-            format!("device {}", link.name),
-        ),
-        None => Ok(None),
-    }
+    Ok(ours.into_iter().map(remove).collect())
+}
+
+/// The UDP port that the kernel takes `udp` backend packets from.
+fn remove_port(state: Option<&State>, run_dir: &Path) -> Result<Option<String>, CleanupError> {
+    let port = match state {
+        Some(state) => state.fou_port,
+        None => from_table(run_dir).and_then(|(_, port)| port),
+    };
+    let Some(port) = port else { return Ok(None) };
+    let removed = match Fou::open() {
+        // What the kernel does not have, it does not hold.
+        Err(FouError::Missing) => false,
+        Err(error) => return Err(error.into()),
+        Ok(mut fou) => fou.remove(port)?,
+    };
+    Ok(removed.then(|| format!("foo-over-UDP port {port}")))
 }

@@ -3,8 +3,9 @@
 //! Pure: the choice is made from lists of links, addresses and routes, anew whenever one of them changes.
 
 use core::fmt;
-use core::net::Ipv4Addr;
+use core::net::IpAddr;
 
+use crate::family::{Family, PerFamily};
 use crate::mac::Mac;
 use crate::netlink::message::{Address, Link, Route};
 
@@ -19,8 +20,8 @@ pub struct Underlay {
     pub mac: Mac,
     /// Largest packet, outer headers included.
     pub mtu: u32,
-    /// Our address there: the outer source address.
-    pub address: Ipv4Addr,
+    /// Our addresses there: the outer source addresses of the families that are on.
+    pub addresses: PerFamily<Option<IpAddr>>,
 }
 
 /// What the operator and the own lease say about the interface.
@@ -28,10 +29,22 @@ pub struct Underlay {
 pub struct Selection {
     /// `--iface` values, names or addresses, in order.
     pub ifaces: Vec<String>,
-    /// `--public-ip`.
-    pub public_ip: Option<Ipv4Addr>,
-    /// Public IP in this node's own lease.
-    pub lease_ip: Option<Ipv4Addr>,
+    /// `--public-ip` and `--public-ipv6`.
+    pub public_ips: PerFamily<Option<IpAddr>>,
+    /// Public IPs in this node's own leases.
+    pub lease_ips: PerFamily<Option<IpAddr>>,
+    /// Which families are on.
+    pub families: PerFamily<bool>,
+    /// The other nodes send to our public IP as to a router, so it must be the interface's own.
+    pub host_gw: bool,
+}
+
+impl Selection {
+    fn families(&self) -> impl Iterator<Item = Family> {
+        Family::ALL
+            .into_iter()
+            .filter(|&family| *self.families.get(family))
+    }
 }
 
 /// Why no interface can be used.
@@ -47,11 +60,11 @@ pub enum InterfaceError {
     },
     /// The public IP is nobody's.
     #[error(
-        "no interface has the address {address} given with --public-ip: the interfaces are {present}; correct it, or name the interface with --iface"
+        "no interface has the address {address} given with --public-ip or --public-ipv6: the interfaces are {present}; correct it, or name the interface with --iface"
     )]
     NoOwner {
         /// The address.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// What is there.
         present: String,
     },
@@ -62,13 +75,47 @@ pub enum InterfaceError {
     )]
     NoDefault {
         /// The address in the own lease.
-        lease_ip: Option<Ipv4Addr>,
+        lease_ip: Option<IpAddr>,
+    },
+    /// The families' default routes lead elsewhere each.
+    #[error(
+        "Failed to find any valid interface to use: v6 default route interface {v6} must be the same with v4 default route interface {v4}: name the interface with --iface"
+    )]
+    DefaultsDiffer {
+        /// Interface of the IPv4 default route.
+        v4: String,
+        /// Interface of the IPv6 default route.
+        v6: String,
+    },
+    /// The families' addresses are on different interfaces.
+    #[error(
+        "v6 interface {v6} must be the same with v4 interface {v4}: both addresses of a node belong on one interface; correct them, or name the interface with --iface"
+    )]
+    OwnersDiffer {
+        /// Interface of the IPv4 address.
+        v4: String,
+        /// Interface of the IPv6 address.
+        v6: String,
+    },
+    /// With host-gw the public IP is the other nodes' next hop.
+    #[error(
+        "your PublicIP differs from interface IP, meaning that probably you're on a NAT, which is not supported by host-gw backend: {public_ip} is not an address of {name} ({present}); correct the lease or --public-ip, or name the right interface with --iface"
+    )]
+    PublicIpDiffers {
+        /// The public IP.
+        public_ip: IpAddr,
+        /// The interface.
+        name: String,
+        /// Its addresses.
+        present: String,
     },
     /// The interface has no address to send from.
     #[error(
-        "interface {name} has no usable IPv4 address: give it one, or name another with --iface"
+        "interface {name} has no usable {family} address: give it one, or name another with --iface"
     )]
     NoAddress {
+        /// Which family lacks one.
+        family: Family,
         /// Its name.
         name: String,
     },
@@ -88,7 +135,7 @@ pub enum InterfaceError {
     )]
     LeaseMismatch {
         /// Address in the lease.
-        lease: Ipv4Addr,
+        lease: IpAddr,
         /// Interface chosen.
         name: String,
         /// Its addresses.
@@ -101,9 +148,9 @@ pub enum InterfaceError {
 pub struct View<'a> {
     /// All links.
     pub links: &'a [Link],
-    /// All IPv4 addresses.
+    /// All addresses.
     pub addresses: &'a [Address],
-    /// Routes of the main table.
+    /// Routes of the main table, both families.
     pub routes: &'a [Route],
 }
 
@@ -121,12 +168,12 @@ impl<T: fmt::Display> fmt::Display for List<T> {
     }
 }
 
-impl View<'_> {
-    fn by_name(&self, name: &str) -> Option<&Link> {
+impl<'a> View<'a> {
+    fn by_name(&self, name: &str) -> Option<&'a Link> {
         self.links.iter().find(|link| link.name == name)
     }
 
-    fn owner(&self, address: Ipv4Addr) -> Option<&Link> {
+    fn owner(&self, address: IpAddr) -> Option<&'a Link> {
         let owner = self
             .addresses
             .iter()
@@ -135,25 +182,33 @@ impl View<'_> {
     }
 
     /// The first default route of the dump, as flannel takes it.
-    fn default_route(&self) -> Option<&Link> {
-        let route = self
-            .routes
-            .iter()
-            .find(|route| route.destination.prefix_len() == 0 && route.link != 0)?;
+    fn default_route(&self, family: Family) -> Option<&'a Link> {
+        let route = self.routes.iter().find(|route| {
+            let to_all = route.destination.prefix_len() == 0;
+            to_all && Family::of_net(route.destination) == family && route.link != 0
+        })?;
         self.links.iter().find(|link| link.index == route.link)
     }
 
-    /// Flannel's order: global before link-local, permanent before not; never deprecated, loopback or multicast.
-    fn usable_addresses(&self, link: u32) -> Vec<Ipv4Addr> {
+    /// Flannel's order: global before link-local, permanent before not, stable before temporary; never deprecated,
+    /// loopback or multicast.
+    fn usable_addresses(&self, link: u32, family: Family) -> Vec<IpAddr> {
         let mut usable: Vec<&Address> = self
             .addresses
             .iter()
             .filter(|address| address.link == link && !address.deprecated)
+            .filter(|address| Family::of_net(address.net) == family)
             .filter(|address| {
                 !address.net.addr().is_loopback() && !address.net.addr().is_multicast()
             })
             .collect();
-        usable.sort_by_key(|address| (address.net.addr().is_link_local(), !address.permanent));
+        usable.sort_by_key(|address| {
+            let (is_link_local, is_temporary) = match address.net.addr() {
+                IpAddr::V4(ip) => (ip.is_link_local(), false),
+                IpAddr::V6(ip) => (ip.is_unicast_link_local(), address.secondary),
+            };
+            (is_link_local, !address.permanent, is_temporary)
+        });
         usable
             .into_iter()
             .map(|address| address.net.addr())
@@ -172,51 +227,87 @@ impl View<'_> {
     }
 }
 
-/// Chooses the interface and the address.
+/// The interface on which both families' addresses are, as far as any of them is anyone's.
+fn common_owner<'a>(
+    view: &View<'a>,
+    selection: &Selection,
+    addresses: &PerFamily<Option<IpAddr>>,
+) -> Result<Option<&'a Link>, InterfaceError> {
+    let owner = |family| {
+        let on = *selection.families.get(family);
+        let address = addresses.get(family).filter(|_| on)?;
+        view.owner(address)
+    };
+    match (owner(Family::V4), owner(Family::V6)) {
+        (Some(v4), Some(v6)) if v4.index != v6.index => Err(InterfaceError::OwnersDiffer {
+            v4: v4.name.clone(),
+            v6: v6.name.clone(),
+        }),
+        (v4, v6) => Ok(v4.or(v6)),
+    }
+}
+
+/// The interface of the default route, which both families must agree on.
+fn by_default_route<'a>(
+    view: &View<'a>,
+    selection: &Selection,
+) -> Result<Option<&'a Link>, InterfaceError> {
+    let mut found: Option<&Link> = None;
+    for family in selection.families() {
+        let Some(link) = view.default_route(family) else {
+            return Ok(None);
+        };
+        if let Some(v4) = found.filter(|v4| v4.index != link.index) {
+            return Err(InterfaceError::DefaultsDiffer {
+                v4: v4.name.clone(),
+                v6: link.name.clone(),
+            });
+        }
+        found = Some(link);
+    }
+    Ok(found)
+}
+
+/// Chooses the interface and the addresses.
 pub fn select(selection: &Selection, view: View<'_>) -> Result<Underlay, InterfaceError> {
-    let mut fixed = None;
-    let link = if !selection.ifaces.is_empty() {
-        selection
-            .ifaces
-            .iter()
-            .find_map(|wanted| match wanted.parse::<Ipv4Addr>() {
-                Ok(address) => view.owner(address).inspect(|_| fixed = Some(address)),
-                Err(_) => view.by_name(wanted),
-            })
-            .ok_or_else(|| InterfaceError::NoMatch {
-                wanted: selection.ifaces.clone(),
-                present: view.names(),
+    let mut fixed = PerFamily::default();
+    let link =
+        if !selection.ifaces.is_empty() {
+            let matching = |wanted: &String| match wanted.parse::<IpAddr>() {
+                Ok(address) => view.owner(address).map(|link| (link, Some(address))),
+                Err(_) => view.by_name(wanted).map(|link| (link, None)),
+            };
+            let (link, address) = selection.ifaces.iter().find_map(matching).ok_or_else(|| {
+                InterfaceError::NoMatch {
+                    wanted: selection.ifaces.clone(),
+                    present: view.names(),
+                }
+            })?;
+            if let Some(address) = address {
+                *fixed.get_mut(Family::of(address)) = Some(address);
+            }
+            link
+        } else if let Some(address) = selection.public_ips.v4.or(selection.public_ips.v6) {
+            fixed = selection.public_ips;
+            common_owner(&view, selection, &selection.public_ips)?.ok_or_else(|| {
+                InterfaceError::NoOwner {
+                    address,
+                    present: view.names(),
+                }
             })?
-    } else if let Some(address) = selection.public_ip {
-        fixed = Some(address);
-        view.owner(address).ok_or_else(|| InterfaceError::NoOwner {
-            address,
-            present: view.names(),
-        })?
-    } else {
-        // A lease that names an address of ours leaves no choice; flannel, which writes the lease itself, has none yet.
-        let owner = selection.lease_ip.and_then(|address| view.owner(address));
-        owner
-            .or_else(|| view.default_route())
-            .ok_or(InterfaceError::NoDefault {
-                lease_ip: selection.lease_ip,
-            })?
-    };
-    let usable = view.usable_addresses(link.index);
-    let address = match (selection.public_ip.or(selection.lease_ip), fixed) {
-        (Some(wanted), _) if usable.contains(&wanted) => wanted,
-        (_, Some(fixed)) => fixed,
-        _ => *usable.first().ok_or_else(|| InterfaceError::NoAddress {
-            name: link.name.clone(),
-        })?,
-    };
-    if let Some(lease) = selection.lease_ip.filter(|&lease| lease != address) {
-        let present = List(usable).to_string();
-        return Err(InterfaceError::LeaseMismatch {
-            lease,
-            name: link.name.clone(),
-            present,
-        });
+        } else {
+            // A lease that names an address of ours leaves no choice; flannel, which writes the lease itself, has none yet.
+            match common_owner(&view, selection, &selection.lease_ips)? {
+                Some(owner) => owner,
+                None => by_default_route(&view, selection)?.ok_or(InterfaceError::NoDefault {
+                    lease_ip: selection.lease_ips.v4.or(selection.lease_ips.v6),
+                })?,
+            }
+        };
+    let mut addresses = PerFamily::default();
+    for family in selection.families() {
+        let address = address_on(selection, &view, link, family, *fixed.get(family))?;
+        *addresses.get_mut(family) = Some(address);
     }
     let unfit = |lacks| InterfaceError::Unfit {
         name: link.name.clone(),
@@ -234,8 +325,50 @@ pub fn select(selection: &Selection, view: View<'_>) -> Result<Underlay, Interfa
         name: link.name.clone(),
         mac,
         mtu: link.mtu,
-        address,
+        addresses,
     })
+}
+
+/// Our address of one family on the interface.
+fn address_on(
+    selection: &Selection,
+    view: &View<'_>,
+    link: &Link,
+    family: Family,
+    fixed: Option<IpAddr>,
+) -> Result<IpAddr, InterfaceError> {
+    let usable = view.usable_addresses(link.index, family);
+    let (public_ip, lease) = (
+        *selection.public_ips.get(family),
+        *selection.lease_ips.get(family),
+    );
+    let address = match (public_ip.or(lease), fixed) {
+        (Some(wanted), _) if usable.contains(&wanted) => wanted,
+        (_, Some(fixed)) if usable.contains(&fixed) => fixed,
+        _ => *usable.first().ok_or_else(|| InterfaceError::NoAddress {
+            family,
+            name: link.name.clone(),
+        })?,
+    };
+    let present = || List(usable.clone()).to_string();
+    if let Some(public_ip) = public_ip.or(lease)
+        && selection.host_gw
+        && public_ip != address
+    {
+        return Err(InterfaceError::PublicIpDiffers {
+            public_ip,
+            name: link.name.clone(),
+            present: present(),
+        });
+    }
+    match lease.filter(|&lease| lease != address) {
+        Some(lease) => Err(InterfaceError::LeaseMismatch {
+            lease,
+            name: link.name.clone(),
+            present: present(),
+        }),
+        None => Ok(address),
+    }
 }
 
 #[cfg(test)]
@@ -243,22 +376,20 @@ mod tests {
     use super::*;
 
     fn link(index: u32, name: &str) -> Link {
-        let mac = Some(Mac([2, 0, 0, 0, 0, u8::try_from(index).unwrap()]));
-        let loopback = name == "lo";
         Link {
             index,
             name: name.to_owned(),
-            mac,
+            mac: Some(Mac([2, 0, 0, 0, 0, u8::try_from(index).unwrap()])),
             mtu: 1500,
             up: true,
             running: true,
-            loopback,
-            vxlan: None,
+            loopback: name == "lo",
+            ..Link::default()
         }
     }
 
     fn address(link: u32, net: &str) -> Address {
-        let net: ipnet::Ipv4Net = net.parse().unwrap();
+        let net = net.parse().unwrap();
         Address {
             link,
             net,
@@ -269,25 +400,27 @@ mod tests {
         }
     }
 
-    fn default_route(link: u32) -> Route {
+    fn default_route(link: u32, to: &str) -> Route {
         Route {
-            table: 254,
-            destination: "0.0.0.0/0".parse().unwrap(),
             link,
-            gateway: Some(Ipv4Addr::new(10, 0, 0, 254)),
-            onlink: false,
-            source: None,
-            protocol: 3,
-            scope: 0,
-            priority: 0,
+            ..Route::to(to.parse().unwrap(), 254, 3)
         }
     }
 
     fn selection(ifaces: &[&str], public_ip: Option<&str>, lease_ip: Option<&str>) -> Selection {
+        let v4 = |text: Option<&str>| PerFamily {
+            v4: text.map(|text| text.parse().unwrap()),
+            v6: None,
+        };
         Selection {
             ifaces: ifaces.iter().map(|&name| name.to_owned()).collect(),
-            public_ip: public_ip.map(|text| text.parse().unwrap()),
-            lease_ip: lease_ip.map(|text| text.parse().unwrap()),
+            public_ips: v4(public_ip),
+            lease_ips: v4(lease_ip),
+            families: PerFamily {
+                v4: true,
+                v6: false,
+            },
+            host_gw: false,
         }
     }
 
@@ -307,7 +440,7 @@ mod tests {
             old,
             address(3, "10.2.0.1/24"),
         ];
-        let routes = [default_route(3), default_route(2)];
+        let routes = [default_route(3, "0.0.0.0/0"), default_route(2, "0.0.0.0/0")];
         let view = View {
             links: &links,
             addresses: &addresses,
@@ -334,7 +467,10 @@ mod tests {
             let chosen =
                 select(&selection, view).unwrap_or_else(|error| panic!("{selection:?}: {error}"));
             assert_eq!(
-                (chosen.name.as_str(), chosen.address.to_string().as_str()),
+                (
+                    chosen.name.as_str(),
+                    chosen.addresses.v4.unwrap().to_string().as_str()
+                ),
                 (name, address),
                 "{selection:?}"
             );
@@ -389,5 +525,103 @@ mod tests {
             select(&selection(&["eth1"], None, None), view),
             Err(InterfaceError::NoAddress { .. })
         ));
+    }
+
+    #[test]
+    fn both_families_share_an_interface() {
+        let links = [link(1, "lo"), link(2, "eth0"), link(3, "eth1")];
+        let mut temporary = address(2, "fd00:199::9/64");
+        temporary.secondary = true;
+        let addresses = [
+            address(2, "10.0.0.1/24"),
+            address(2, "fe80::1/64"),
+            temporary,
+            address(2, "fd00:199::1/64"),
+            address(3, "10.2.0.1/24"),
+            address(3, "fd00:200::1/64"),
+        ];
+        let (v4, v6) = ("0.0.0.0/0", "::/0");
+        let same = [default_route(2, v4), default_route(2, v6)];
+        let view = View {
+            links: &links,
+            addresses: &addresses,
+            routes: &same,
+        };
+        let ip = |text: &str| Some(text.parse::<IpAddr>().unwrap());
+        let dual = Selection {
+            families: PerFamily { v4: true, v6: true },
+            ..Selection::default()
+        };
+        let chosen = select(&dual, view).unwrap();
+        assert_eq!(chosen.name, "eth0");
+        assert_eq!(chosen.addresses.v6, ip("fd00:199::1"));
+        let by_lease = Selection {
+            lease_ips: PerFamily {
+                v4: ip("10.2.0.1"),
+                v6: ip("fd00:200::1"),
+            },
+            ..dual.clone()
+        };
+        assert_eq!(select(&by_lease, view).unwrap().name, "eth1");
+        let apart = [default_route(2, v4), default_route(3, v6)];
+        let error = select(
+            &dual,
+            View {
+                routes: &apart,
+                ..view
+            },
+        )
+        .unwrap_err();
+        assert!(
+            error.to_string().contains("v6 default route interface eth1 must be the same with v4 default route interface eth0"),
+            "{error}"
+        );
+        let owners = Selection {
+            public_ips: PerFamily {
+                v4: ip("10.0.0.1"),
+                v6: ip("fd00:200::1"),
+            },
+            ..dual.clone()
+        };
+        let error = select(&owners, view).unwrap_err().to_string();
+        assert!(
+            error.contains("v6 interface eth1 must be the same with v4 interface eth0"),
+            "{error}"
+        );
+        // IPv6 alone needs nothing of IPv4.
+        let six = Selection {
+            families: PerFamily {
+                v4: false,
+                v6: true,
+            },
+            public_ips: PerFamily {
+                v4: None,
+                v6: ip("fd00:200::1"),
+            },
+            ..Selection::default()
+        };
+        let chosen = select(&six, view).unwrap();
+        assert_eq!((chosen.name.as_str(), chosen.addresses.v4), ("eth1", None));
+        assert_eq!(chosen.addresses.v6, ip("fd00:200::1"));
+    }
+
+    #[test]
+    fn host_gw_needs_the_interfaces_own_address() {
+        let links = [link(2, "eth0")];
+        let addresses = [address(2, "10.0.0.1/24")];
+        let view = View {
+            links: &links,
+            addresses: &addresses,
+            routes: &[],
+        };
+        let mut behind_nat = selection(&["eth0"], Some("192.0.2.7"), None);
+        behind_nat.host_gw = true;
+        let error = select(&behind_nat, view).unwrap_err().to_string();
+        assert!(
+            error.contains("your PublicIP differs from interface IP") && error.contains("host-gw"),
+            "{error}"
+        );
+        behind_nat.host_gw = false;
+        assert!(select(&behind_nat, view).is_ok());
     }
 }

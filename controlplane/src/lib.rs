@@ -16,6 +16,8 @@
 pub mod cleanup;
 pub mod compile;
 pub mod detour;
+pub mod family;
+pub mod fou;
 pub mod interface;
 pub mod lease;
 pub mod mac;
@@ -31,6 +33,7 @@ pub mod standby;
 pub mod state;
 pub mod sys;
 pub mod table;
+pub mod uplink;
 
 /// Where the shared regions are unless the operator says otherwise.
 pub const DEFAULT_RUN_DIR: &str = "/run/ripstop";

@@ -1,22 +1,23 @@
 //! The control-plane process: reads its configuration, starts the lease source, runs the loop.
 
-use core::net::Ipv4Addr;
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Parser;
+use ripstop_controlplane::family::PerFamily;
 use ripstop_controlplane::interface::Selection;
 use ripstop_controlplane::lease::file::FileSource;
 use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
-use ripstop_controlplane::netconf::NetConf;
+use ripstop_controlplane::netconf::{Backend, NetConf};
 use ripstop_controlplane::reconcile::{Reconciler, Settings};
 use ripstop_controlplane::sys::{Signals, Wake, hostname};
 use ripstop_controlplane::{DEFAULT_RUN_DIR, detour, explained};
 use tracing_subscriber::EnvFilter;
 
-/// Control plane of a Ripstop node: keeps the kernel's VXLAN path and the workers' forwarding table as the leases say.
+/// Control plane of a Ripstop node: keeps the kernel's path and the workers' forwarding table as the leases say.
 #[derive(Debug, Parser)]
 #[command(name = "ripstop-controlplane", version)]
 struct Flags {
@@ -39,6 +40,9 @@ struct Flags {
     /// Address that other nodes reach this one by
     #[arg(long, value_name = "IP")]
     public_ip: Option<Ipv4Addr>,
+    /// IPv6 address that other nodes reach this one by
+    #[arg(long, value_name = "IP")]
+    public_ipv6: Option<Ipv6Addr>,
     /// Directory of the regions shared with the data plane
     #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     run_dir: PathBuf,
@@ -78,16 +82,24 @@ fn run(flags: Flags) -> anyhow::Result<()> {
     let source = Box::new(FileSource::new(
         flags.lease_file,
         node.clone(),
-        conf.network,
+        conf.clone(),
     ));
     let mut reconciler = Reconciler::new(Settings {
         node: node.clone(),
-        conf,
         selection: Selection {
             ifaces: flags.iface,
-            public_ip: flags.public_ip,
-            lease_ip: None,
+            public_ips: PerFamily {
+                v4: flags.public_ip.map(IpAddr::V4),
+                v6: flags.public_ipv6.map(IpAddr::V6),
+            },
+            lease_ips: PerFamily::default(),
+            families: PerFamily {
+                v4: conf.network.is_some(),
+                v6: conf.network6.is_some(),
+            },
+            host_gw: conf.backend == Backend::HostGw,
         },
+        conf,
         run_dir: flags.run_dir,
         table: flags.route_table,
         lease_source: source.describe(),

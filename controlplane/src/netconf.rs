@@ -4,22 +4,52 @@
 //! treats `null` as "not given" for numbers and booleans; files in the wild rely on it. What flannel accepts but
 //! this version cannot do is refused by name: an option that is silently ignored is a bug that someone else finds.
 
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+pub use ripstop_fib::Dscp;
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+
+use crate::family::Family;
 
 /// The kernel's default VXLAN port, used when `Port` is 0 or absent.
 pub const VXLAN_PORT_DEFAULT: u16 = 8472;
+/// Flannel's port for the `udp` backend.
+pub const UDP_PORT_DEFAULT: u16 = 8285;
 
 /// A checked network configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetConf {
-    /// The network that all pod subnets come from, host bits clear.
-    pub network: Ipv4Net,
+    /// The network that all IPv4 pod subnets come from, host bits clear; none without IPv4.
+    pub network: Option<Ipv4Net>,
+    /// The same for IPv6.
+    pub network6: Option<Ipv6Net>,
     /// How packets reach other nodes.
-    pub vxlan: Vxlan,
+    pub backend: Backend,
+    /// The priority bits of outer headers.
+    pub dscp: Dscp,
+}
+
+/// How packets reach other nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// Not at all: there are leases and nothing else.
+    Alloc,
+    /// By plain routes through the other nodes.
+    HostGw,
+    /// In VXLAN.
+    Vxlan(Vxlan),
+    /// As IP in IP.
+    Ipip {
+        /// Nodes on the same link are reached by plain routes.
+        direct_routing: bool,
+    },
+    /// As IP in UDP.
+    Udp {
+        /// UDP port.
+        port: u16,
+    },
 }
 
 /// The `vxlan` backend's settings.
@@ -29,10 +59,106 @@ pub struct Vxlan {
     pub vni: u32,
     /// UDP port.
     pub port: u16,
-    /// MTU of the underlay, when given; pods get 50 less. Otherwise the interface's.
+    /// MTU of the underlay, when given; pods get less by the overhead. Otherwise the interface's.
     pub mtu: Option<u32>,
     /// Whether the kernel's VXLAN device learns addresses from packets.
     pub learning: bool,
+    /// Whether firewall marks travel along (group policy extension).
+    pub gbp: bool,
+    /// Nodes on the same link are reached by plain routes.
+    pub direct_routing: bool,
+}
+
+impl Backend {
+    /// Its name in `net-conf.json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Alloc => "alloc",
+            Self::HostGw => "host-gw",
+            Self::Vxlan(_) => "vxlan",
+            Self::Ipip { .. } => "ipip",
+            Self::Udp { .. } => "udp",
+        }
+    }
+
+    /// Its tunnel's settings, if the tunnel is VXLAN.
+    pub fn vxlan(self) -> Option<Vxlan> {
+        match self {
+            Self::Vxlan(vxlan) => Some(vxlan),
+            Self::Alloc | Self::HostGw | Self::Ipip { .. } | Self::Udp { .. } => None,
+        }
+    }
+
+    /// Packets to at least some nodes are encapsulated.
+    pub fn is_tunnel(self) -> bool {
+        match self {
+            Self::Vxlan(_) | Self::Ipip { .. } | Self::Udp { .. } => true,
+            Self::Alloc | Self::HostGw => false,
+        }
+    }
+
+    /// Which nodes are reached by plain routes.
+    pub fn direct(self) -> Direct {
+        match self {
+            Self::HostGw => Direct::All,
+            Self::Vxlan(Vxlan { direct_routing, .. }) | Self::Ipip { direct_routing } => {
+                if direct_routing {
+                    Direct::OnLink
+                } else {
+                    Direct::None
+                }
+            }
+            Self::Alloc | Self::Udp { .. } => Direct::None,
+        }
+    }
+
+    /// What a packet grows by: for VXLAN the outer IP, UDP and VXLAN headers and the inner Ethernet header.
+    pub fn overhead(self, family: Family) -> u32 {
+        match (self, family) {
+            (Self::Alloc | Self::HostGw, _) => 0,
+            (Self::Vxlan(_), Family::V4) => 50,
+            (Self::Vxlan(_), Family::V6) => 70,
+            (Self::Ipip { .. }, _) => 20,
+            (Self::Udp { .. }, _) => 28,
+        }
+    }
+}
+
+/// Which nodes are reached by plain routes instead of the tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direct {
+    /// None.
+    None,
+    /// Those that the kernel's routing reaches without a gateway.
+    OnLink,
+    /// All.
+    All,
+}
+
+impl NetConf {
+    /// The pod network of one family; none where the family is off.
+    pub fn network(&self, family: Family) -> Option<IpNet> {
+        match family {
+            Family::V4 => self.network.map(IpNet::V4),
+            Family::V6 => self.network6.map(IpNet::V6),
+        }
+    }
+
+    /// The families that are on.
+    pub fn families(&self) -> impl Iterator<Item = Family> {
+        Family::ALL
+            .into_iter()
+            .filter(|&family| self.network(family).is_some())
+    }
+
+    /// MTU of the pods and of the tunnel devices, above an underlay of `underlay_mtu`.
+    pub fn pod_mtu(&self, family: Family, underlay_mtu: u32) -> u32 {
+        self.backend
+            .vxlan()
+            .and_then(|vxlan| vxlan.mtu)
+            .unwrap_or(underlay_mtu)
+            .saturating_sub(self.backend.overhead(family))
+    }
 }
 
 /// Why a network configuration cannot be used.
@@ -69,7 +195,7 @@ pub enum NetConfError {
     },
     /// Both families are switched off.
     #[error(
-        "none defined stack: EnableIPv4 is false; this version needs it, set \"EnableIPv4\": true or remove the key"
+        "none defined stack: EnableIPv4 and EnableIPv6 are false; set at least one of them to true"
     )]
     NoStack,
     /// The network is not given.
@@ -77,8 +203,23 @@ pub enum NetConfError {
         "please define a correct Network parameter in the flannel config, like \"Network\": \"10.244.0.0/16\""
     )]
     NoNetwork,
+    /// The IPv6 network is not given.
+    #[error(
+        "please define a correct IPv6Network parameter in the flannel config, like \"IPv6Network\": \"fd00:10:244::/48\""
+    )]
+    NoNetwork6,
+    /// The backend is IPv4's alone.
+    #[error(
+        "the {backend} backend carries IPv4 only, as in flannel: set \"EnableIPv6\": false, or use \"Backend\": {{\"Type\": \"vxlan\"}} or \"host-gw\""
+    )]
+    Ipv4Only {
+        /// Its name.
+        backend: &'static str,
+    },
     /// Flannel itself does not know the backend.
-    #[error("unknown backend type: {0}: set Backend.Type to \"vxlan\"")]
+    #[error(
+        "unknown backend type: {0}: set Backend.Type to one of vxlan, ipip, udp, host-gw, alloc"
+    )]
     UnknownBackend(String),
     /// Flannel knows it, this version does not.
     #[error("{what} is not implemented in this version of Ripstop: {fix}")]
@@ -90,18 +231,8 @@ pub enum NetConfError {
     },
 }
 
-/// Flannel's registered backends; the ones that are not `vxlan` come with other versions of Ripstop.
-const BACKENDS: [&str; 9] = [
-    "alloc",
-    "extension",
-    "host-gw",
-    "ipip",
-    "ipsec",
-    "tencent-vpc",
-    "udp",
-    "vxlan",
-    "wireguard",
-];
+/// Flannel's registered backends that this version does not have.
+const FOREIGN_BACKENDS: [&str; 4] = ["extension", "ipsec", "tencent-vpc", "wireguard"];
 
 impl NetConf {
     /// Reads and checks the file at `path`.
@@ -121,9 +252,9 @@ impl NetConf {
         let entries = object(serde_json::from_slice(bytes)?, "the file")?;
         let mut ipv4 = true;
         let mut ipv6 = false;
-        let mut network = None;
+        let (mut network, mut network6) = (None, None);
         // Flannel's default when the key is absent, whatever its documentation says.
-        let mut backend = Backend {
+        let mut backend = RawBackend {
             kind: Some("udp".to_owned()),
             entries: Vec::new(),
         };
@@ -135,9 +266,7 @@ impl NetConf {
                 // Masquerade rules are not this version's; both of flannel's modes are as good.
                 "enablenftables" => boolean("EnableNFTables", &value, &mut false)?,
                 "network" => network = Some(ipv4_network(&value)?),
-                "ipv6network" => {
-                    cidr("IPv6Network", &value)?;
-                }
+                "ipv6network" => network6 = Some(cidr("IPv6Network", &value)?),
                 // Subnet allocation is the etcd source's; the types are checked all the same, as flannel does.
                 "subnetlen" => unsigned("SubnetLen", &value)?,
                 "ipv6subnetlen" => unsigned("IPv6SubnetLen", &value)?,
@@ -145,33 +274,43 @@ impl NetConf {
                 "subnetmax" => address("SubnetMax", &value)?,
                 "ipv6subnetmin" => address("IPv6SubnetMin", &value)?,
                 "ipv6subnetmax" => address("IPv6SubnetMax", &value)?,
-                "backend" => backend = Backend::parse(value)?,
+                "backend" => backend = RawBackend::parse(value)?,
                 _ => {}
             }
         }
         if !ipv4 && !ipv6 {
             return Err(NetConfError::NoStack);
         }
-        if ipv6 {
-            return Err(NetConfError::Unsupported {
-                what: "EnableIPv6".to_owned(),
-                fix: "set \"EnableIPv6\": false or remove the key",
+        let (backend, dscp) = backend.check()?;
+        let given = network.filter(|network| network.prefix_len() > 0);
+        if ipv4 && given.is_none() {
+            return Err(NetConfError::NoNetwork);
+        }
+        let given6 = match network6.filter(|network| ipv6 && network.prefix_len() > 0) {
+            Some(network) => Some(ipv6_network(network)?),
+            None if ipv6 => return Err(NetConfError::NoNetwork6),
+            None => None,
+        };
+        if let (true, Backend::Ipip { .. } | Backend::Udp { .. }) = (ipv6, backend) {
+            return Err(NetConfError::Ipv4Only {
+                backend: backend.name(),
             });
         }
-        let vxlan = backend.vxlan()?;
-        let network = network
-            .filter(|network| network.prefix_len() > 0)
-            .ok_or(NetConfError::NoNetwork)?;
-        Ok(Self { network, vxlan })
+        Ok(Self {
+            network: given.filter(|_| ipv4),
+            network6: given6,
+            backend,
+            dscp,
+        })
     }
 }
 
-struct Backend {
+struct RawBackend {
     kind: Option<String>,
     entries: Vec<(String, Json)>,
 }
 
-impl Backend {
+impl RawBackend {
     fn parse(value: Json) -> Result<Self, NetConfError> {
         let entries = match value {
             Json::Null => Vec::new(),
@@ -196,23 +335,85 @@ impl Backend {
         Ok(Self { kind, entries })
     }
 
-    fn vxlan(&self) -> Result<Vxlan, NetConfError> {
+    fn check(&self) -> Result<(Backend, Dscp), NetConfError> {
         let kind = self.kind.as_deref().unwrap_or_default().to_lowercase();
-        if !BACKENDS.contains(&kind.as_str()) {
-            return Err(NetConfError::UnknownBackend(kind));
+        let backend = match kind.as_str() {
+            "alloc" => Backend::Alloc,
+            "host-gw" => Backend::HostGw,
+            "vxlan" => Backend::Vxlan(self.vxlan()?),
+            "ipip" => {
+                let mut direct_routing = false;
+                for value in self.values("directrouting") {
+                    boolean("Backend.DirectRouting", value, &mut direct_routing)?;
+                }
+                Backend::Ipip { direct_routing }
+            }
+            "udp" => Backend::Udp {
+                port: self.port(UDP_PORT_DEFAULT)?,
+            },
+            foreign if FOREIGN_BACKENDS.contains(&foreign) => {
+                return Err(NetConfError::Unsupported {
+                    what: format!("backend type {foreign:?}"),
+                    fix: "set Backend.Type to one of vxlan, ipip, udp, host-gw, alloc",
+                });
+            }
+            _ => return Err(NetConfError::UnknownBackend(kind)),
+        };
+        Ok((backend, self.dscp()?))
+    }
+
+    /// Every value of a key, in any case of its letters.
+    fn values(&self, key: &str) -> impl Iterator<Item = &Json> {
+        self.entries
+            .iter()
+            .filter(move |(name, _)| name.eq_ignore_ascii_case(key))
+            .map(|(_, value)| value)
+    }
+
+    fn port(&self, default: u16) -> Result<u16, NetConfError> {
+        let mut port = 0;
+        for value in self.values("port") {
+            integer("Backend.Port", value, &mut port)?;
         }
-        if kind != "vxlan" {
-            return Err(NetConfError::Unsupported {
-                what: format!("backend type {kind:?}"),
-                fix: "set \"Backend\": {\"Type\": \"vxlan\"}",
-            });
+        match u16::try_from(port) {
+            Ok(0) => Ok(default),
+            Ok(port) => Ok(port),
+            Err(_) => Err(NetConfError::Value {
+                key: "Backend.Port",
+                problem: format!("{port} is out of range: use 1 to 65535, or 0 for {default}"),
+            }),
         }
-        let (mut vni, mut port, mut mtu) = (1, 0, 0);
+    }
+
+    /// `DSCP`, which is Ripstop's own key: flannel ignores it.
+    fn dscp(&self) -> Result<Dscp, NetConfError> {
+        let mut dscp = Dscp::Fixed(0);
+        for value in self.values("dscp") {
+            dscp = match value {
+                Json::Null => continue,
+                Json::String(text) if text.eq_ignore_ascii_case("inherit") => Dscp::Inherit,
+                Json::Number(number) => {
+                    let fixed = number.as_u64().and_then(|dscp| u8::try_from(dscp).ok());
+                    let fixed = fixed.filter(|dscp| *dscp < 64);
+                    Dscp::Fixed(fixed.ok_or_else(|| NetConfError::Value {
+                        key: "Backend.DSCP",
+                        problem: format!("{number} is out of range: use 0 to 63, or \"inherit\""),
+                    })?)
+                }
+                other @ (Json::Bool(_) | Json::String(_) | Json::Array | Json::Object(_)) => {
+                    return Err(wrong("Backend.DSCP", "0 to 63, or \"inherit\"", other));
+                }
+            };
+        }
+        Ok(dscp)
+    }
+
+    fn vxlan(&self) -> Result<Vxlan, NetConfError> {
+        let (mut vni, mut mtu) = (1, 0);
         let (mut gbp, mut learning, mut direct_routing) = (false, false, false);
         for (key, value) in &self.entries {
             match key.to_ascii_lowercase().as_str() {
                 "vni" => integer("Backend.VNI", value, &mut vni)?,
-                "port" => integer("Backend.Port", value, &mut port)?,
                 "mtu" => integer("Backend.MTU", value, &mut mtu)?,
                 "gbp" => boolean("Backend.GBP", value, &mut gbp)?,
                 "learning" => boolean("Backend.Learning", value, &mut learning)?,
@@ -220,19 +421,6 @@ impl Backend {
                 // Name and MacPrefix are for Windows nodes, which share the file.
                 _ => {}
             }
-        }
-        let fix = "set it to false or remove the key";
-        if gbp {
-            return Err(NetConfError::Unsupported {
-                what: "Backend.GBP".to_owned(),
-                fix,
-            });
-        }
-        if direct_routing {
-            return Err(NetConfError::Unsupported {
-                what: "Backend.DirectRouting".to_owned(),
-                fix,
-            });
         }
         let range = |key, problem: String| NetConfError::Value { key, problem };
         let vni = u32::try_from(vni)
@@ -244,12 +432,6 @@ impl Backend {
                     format!("{vni} is out of range: use 1 to 16777215"),
                 )
             })?;
-        let port = u16::try_from(port).map_err(|_not_one| {
-            range(
-                "Backend.Port",
-                format!("{port} is out of range: use 1 to 65535, or 0 for 8472"),
-            )
-        })?;
         let mtu = match mtu {
             0 => None,
             given => Some(
@@ -266,9 +448,11 @@ impl Backend {
         };
         Ok(Vxlan {
             vni,
-            port: if port == 0 { VXLAN_PORT_DEFAULT } else { port },
+            port: self.port(VXLAN_PORT_DEFAULT)?,
             mtu,
             learning,
+            gbp,
+            direct_routing,
         })
     }
 }
@@ -419,13 +603,24 @@ fn ipv4_network(value: &Json) -> Result<Ipv4Net, NetConfError> {
     }
 }
 
+/// Flannel does not look at what it does not use.
+fn ipv6_network(network: IpNet) -> Result<Ipv6Net, NetConfError> {
+    match network {
+        IpNet::V6(network) => Ok(network.trunc()),
+        IpNet::V4(network) => Err(NetConfError::Value {
+            key: "IPv6Network",
+            problem: format!("invalid IPv6 CIDR format: {network}"),
+        }),
+    }
+}
+
 fn address(key: &'static str, value: &Json) -> Result<(), NetConfError> {
     let Json::String(text) = value else {
         return Err(wrong(key, "an IP address", value));
     };
     let is_v6 = key.starts_with("IPv6");
     let valid = if is_v6 {
-        text.parse::<core::net::Ipv6Addr>().is_ok()
+        text.parse::<Ipv6Addr>().is_ok()
     } else {
         text.parse::<Ipv4Addr>().is_ok()
     };
@@ -450,22 +645,30 @@ mod tests {
         parsed(&format!(
             r#"{{"Network":"10.244.0.0/16","Backend":{text}}}"#
         ))
-        .vxlan
+        .backend
+        .vxlan()
+        .expect("the type is vxlan")
     }
 
     #[test]
     fn defaults_are_flannels() {
         let conf = parsed(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#);
-        assert_eq!(conf.network, "10.244.0.0/16".parse().unwrap());
+        assert_eq!(conf.network, Some("10.244.0.0/16".parse().unwrap()));
+        assert_eq!((conf.network6, conf.dscp), (None, Dscp::Fixed(0)));
         assert_eq!(
-            conf.vxlan,
-            Vxlan {
+            conf.backend,
+            Backend::Vxlan(Vxlan {
                 vni: 1,
                 port: 8472,
                 mtu: None,
-                learning: false
-            }
+                learning: false,
+                gbp: false,
+                direct_routing: false,
+            })
         );
+        // An absent backend is udp, whatever flannel's documentation says.
+        let conf = parsed(r#"{"Network":"10.244.0.0/16"}"#);
+        assert_eq!(conf.backend, Backend::Udp { port: 8285 });
     }
 
     #[test]
@@ -475,6 +678,8 @@ mod tests {
             port: 8472,
             mtu: None,
             learning: false,
+            gbp: false,
+            direct_routing: false,
         };
         let cases: &[(&str, Vxlan)] = &[
             (r#"{"type":"VXLAN","vni":7}"#, Vxlan { vni: 7, ..default }),
@@ -503,6 +708,14 @@ mod tests {
                 },
             ),
             (
+                r#"{"Type":"vxlan","gbp":true,"directrouting":true}"#,
+                Vxlan {
+                    gbp: true,
+                    direct_routing: true,
+                    ..default
+                },
+            ),
+            (
                 r#"{"Type":"vxlan","Name":"flannel.4096","MacPrefix":"0E-2A"}"#,
                 default,
             ),
@@ -520,7 +733,70 @@ mod tests {
     fn keys_fold_case_last_wins_and_host_bits_are_cleared() {
         let text = r#"{"network":"10.0.0.0/8","NETWORK":"10.244.7.9/16","EnableIPv4":null,"EnableIPv6":false,
             "SubnetLen":24,"SubnetMin":"10.244.1.0","unknown":[1,2],"backend":{"Type":"udp"},"Backend":{"Type":"vxlan"}}"#;
-        assert_eq!(parsed(text).network, "10.244.0.0/16".parse().unwrap());
+        assert_eq!(parsed(text).network, Some("10.244.0.0/16".parse().unwrap()));
+    }
+
+    #[test]
+    fn every_backend_is_read() {
+        let backend = |text: &str| {
+            parsed(&format!(
+                r#"{{"Network":"10.244.0.0/16","Backend":{text}}}"#
+            ))
+            .backend
+        };
+        let ipip = |direct_routing| Backend::Ipip { direct_routing };
+        for (text, expected) in [
+            (r#"{"Type":"alloc"}"#, Backend::Alloc),
+            (r#"{"Type":"Host-GW"}"#, Backend::HostGw),
+            (r#"{"Type":"ipip"}"#, ipip(false)),
+            (r#"{"Type":"ipip","DIRECTROUTING":true}"#, ipip(true)),
+            (r#"{"Type":"udp"}"#, Backend::Udp { port: 8285 }),
+            (r#"{"Type":"udp","port":9000}"#, Backend::Udp { port: 9000 }),
+            // A key of another backend is an unknown one.
+            (r#"{"Type":"udp","VNI":"x"}"#, Backend::Udp { port: 8285 }),
+        ] {
+            assert_eq!(backend(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn families_are_switched_on_one_by_one() {
+        let vxlan = r#""Backend":{"Type":"vxlan"}"#;
+        let both = parsed(&format!(
+            r#"{{"Network":"10.244.0.0/16","IPv6Network":"fd00:10:244::7/48","EnableIPv6":true,{vxlan}}}"#
+        ));
+        assert_eq!(both.families().count(), 2);
+        assert_eq!(both.network6, Some("fd00:10:244::/48".parse().unwrap()));
+        let mtu = |family| both.pod_mtu(family, 1500);
+        assert_eq!((mtu(Family::V4), mtu(Family::V6)), (1450, 1430));
+        let six = parsed(&format!(
+            r#"{{"EnableIPv4":false,"IPv6Network":"fd00:10:244::/48","EnableIPv6":true,{vxlan}}}"#
+        ));
+        assert_eq!(six.families().collect::<Vec<_>>(), [Family::V6]);
+        let four = parsed(&format!(
+            r#"{{"Network":"10.244.0.0/16","IPv6Network":"fd00:10:244::/48",{vxlan}}}"#
+        ));
+        assert_eq!(four.network6, None);
+    }
+
+    #[test]
+    fn dscp_is_fixed_or_inherited() {
+        let dscp = |text: &str| {
+            NetConf::parse(
+                format!(
+                    r#"{{"Network":"10.244.0.0/16","Backend":{{"Type":"ipip","dscp":{text}}}}}"#
+                )
+                .as_bytes(),
+            )
+            .map(|conf| conf.dscp)
+        };
+        assert_eq!(dscp("46").unwrap(), Dscp::Fixed(46));
+        assert_eq!(dscp("null").unwrap(), Dscp::Fixed(0));
+        assert_eq!(dscp("\"inherit\"").unwrap(), Dscp::Inherit);
+        for bad in ["64", "-1", "1.5", "\"outer\"", "true"] {
+            let error = dscp(bad).expect_err(bad).to_string();
+            assert!(error.contains("Backend.DSCP"), "{bad}: {error}");
+        }
     }
 
     #[test]
@@ -561,7 +837,22 @@ mod tests {
             ),
             (
                 format!(r#"{{"Network":"10.244.0.0/16","EnableIPv6":true,{vxlan}}}"#),
-                "EnableIPv6 is not implemented",
+                "please define a correct IPv6Network",
+            ),
+            (
+                format!(
+                    r#"{{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"10.0.0.0/8",{vxlan}}}"#
+                ),
+                "invalid IPv6 CIDR format",
+            ),
+            (
+                r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"ipip"}}"#
+                    .into(),
+                "the ipip backend carries IPv4 only",
+            ),
+            (
+                r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}"#.into(),
+                "the udp backend carries IPv4 only",
             ),
             (
                 format!(r#"{{"Network":"10.244.0.0/16","SubnetLen":-1,{vxlan}}}"#),
@@ -574,10 +865,6 @@ mod tests {
             (
                 format!(r#"{{"Network":"10.244.0.0/16","SubnetMin":null,{vxlan}}}"#),
                 "SubnetMin",
-            ),
-            (
-                r#"{"Network":"10.244.0.0/16"}"#.into(),
-                "backend type \"udp\" is not implemented",
             ),
             (
                 r#"{"Network":"10.244.0.0/16","Backend":{}}"#.into(),
@@ -596,10 +883,18 @@ mod tests {
                 "unknown backend type: vxlann",
             ),
             (
-                r#"{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}"#.into(),
-                "host-gw",
+                r#"{"Network":"10.244.0.0/16","Backend":{"Type":"udp","Port":70000}}"#.into(),
+                "Backend.Port",
             ),
         ];
+        for name in FOREIGN_BACKENDS {
+            let text = format!(r#"{{"Network":"10.244.0.0/16","Backend":{{"Type":"{name}"}}}}"#);
+            let error = NetConf::parse(text.as_bytes()).expect_err(name).to_string();
+            assert!(
+                error.contains(&format!("backend type {name:?} is not implemented")),
+                "{error}"
+            );
+        }
         for (text, wanted) in cases {
             let error = NetConf::parse(text.as_bytes()).expect_err(text).to_string();
             assert!(error.contains(wanted), "{text}: {error:?} lacks {wanted:?}");
@@ -609,13 +904,10 @@ mod tests {
     #[test]
     fn refuses_vxlan_settings_with_a_reason() {
         for (text, wanted) in [
+            (r#"{"Type":"vxlan","GBP":1}"#, "Backend.GBP"),
             (
-                r#"{"Type":"vxlan","GBP":true}"#,
-                "Backend.GBP is not implemented",
-            ),
-            (
-                r#"{"Type":"vxlan","DirectRouting":true}"#,
-                "Backend.DirectRouting is not implemented",
+                r#"{"Type":"vxlan","DirectRouting":"yes"}"#,
+                "Backend.DirectRouting",
             ),
             (r#"{"Type":"vxlan","VNI":16777216}"#, "Backend.VNI"),
             (r#"{"Type":"vxlan","VNI":"1"}"#, "Backend.VNI"),

@@ -3,9 +3,11 @@
 //! The fib region outlives every process: a control plane that starts goes on from the generation it finds and
 //! publishes only if its own view differs from the content by a bit.
 
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
 use std::path::{Path, PathBuf};
 
+use ipnet::IpNet;
 use ripstop_fib::map::{
     self, CONTROLPLANE_LOCK, DATAPLANE_LOCK, MapError, Mapping, ProcessLock, lock_owner,
     open_fib_for_publishing, open_stats,
@@ -13,7 +15,7 @@ use ripstop_fib::map::{
 use ripstop_fib::publish::{PublishError, RegionError};
 use ripstop_fib::stats::Stats;
 use ripstop_fib::sync::Ordering;
-use ripstop_fib::{Image, Publisher, Region, Word};
+use ripstop_fib::{FAMILY_IPV4, FAMILY_IPV6, Image, LeaseRecord, Publisher, Region, Word};
 
 /// A worker whose heartbeat is older than this is taken for stopped.
 pub const HEARTBEAT_MAX: Duration = Duration::from_secs(1);
@@ -122,7 +124,7 @@ impl Fib {
     }
 
     /// Subnets that the current image can send to, if it is whole: what workers may be forwarding by already.
-    pub fn resolved_subnets(&self) -> Result<Vec<(u128, u8)>, FibError> {
+    pub fn resolved_subnets(&self) -> Result<Vec<IpNet>, FibError> {
         let publisher = self.publisher()?;
         let image = publisher
             .current_words()
@@ -133,9 +135,21 @@ impl Fib {
         let resolved = image
             .leases()
             .filter(|lease| lease.resolved && !lease.local);
-        Ok(resolved
-            .map(|lease| (lease.subnet, lease.prefix_len))
-            .collect())
+        Ok(resolved.filter_map(|lease| subnet(&lease)).collect())
+    }
+}
+
+/// The subnet of a lease record.
+pub fn subnet(lease: &LeaseRecord) -> Option<IpNet> {
+    IpNet::new(address(lease, lease.subnet)?, lease.prefix_len).ok()
+}
+
+/// An address in a lease record.
+pub fn address(lease: &LeaseRecord, number: u128) -> Option<IpAddr> {
+    match lease.family {
+        FAMILY_IPV4 => Some(Ipv4Addr::from(u32::try_from(number).ok()?).into()),
+        FAMILY_IPV6 => Some(Ipv6Addr::from(number).into()),
+        _ => None,
     }
 }
 
@@ -148,7 +162,7 @@ fn same(current: &[Word], image: &[u64]) -> bool {
 }
 
 /// What the data plane says about itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DataPlane {
     /// A process holds the data plane's lock.
     pub alive: bool,
@@ -158,6 +172,8 @@ pub struct DataPlane {
     pub fresh: bool,
     /// The oldest generation that a worker forwards by; 0 if one has none.
     pub generation: u64,
+    /// The NICs that have a worker, by name, each once.
+    pub nics: Vec<String>,
 }
 
 impl DataPlane {
@@ -185,8 +201,15 @@ impl DataPlane {
         // After the heartbeats were read, or one could seem to lie in the future.
         let now_ns = map::monotonic_ns();
         let max_ns = u64::try_from(HEARTBEAT_MAX.as_nanos()).unwrap_or(u64::MAX);
+        let mut nics: Vec<String> = workers
+            .iter()
+            .map(|worker| worker.identity.nic.clone())
+            .collect();
+        nics.sort_unstable();
+        nics.dedup();
         Ok(Self {
             alive,
+            nics,
             workers: workers.len(),
             fresh: workers
                 .iter()
@@ -208,21 +231,27 @@ impl DataPlane {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use core::net::Ipv4Addr;
     use ripstop_fib::publish::{SLOT_WORDS, SLOTS, region_words};
     use ripstop_fib::stats::{Gauge, Mode, Polling, WorkerCounters, WorkerIdentity};
-    use ripstop_fib::{ImageBuilder, Node, Route};
+    use ripstop_fib::{Backend, Dscp, ImageBuilder, Local, NICS, NicRecord, Node, Route};
 
     fn image(vni: u32) -> Vec<u64> {
         let node = Node {
-            local: Ipv4Addr::new(10, 199, 0, 1),
+            backend: Backend::Vxlan,
+            v4: Some(Local {
+                address: Ipv4Addr::new(10, 199, 0, 1),
+                subnet: (Ipv4Addr::new(10, 244, 1, 0), 24),
+                network: (Ipv4Addr::new(10, 244, 0, 0), 16),
+                pod_mtu: 1450,
+                vtep_mac: [2, 0, 0, 0, 0, 1],
+            }),
+            v6: None,
             udp_port: 8472,
             vni,
-            vtep_mac: [2, 0, 0, 0, 0, 1],
-            subnet: (Ipv4Addr::new(10, 244, 1, 0), 24),
-            pod_mtu: 1450,
-            underlay_ifindex: 2,
+            direct: false,
+            dscp: Dscp::Fixed(0),
             flow_seed: 0,
+            nics: [NicRecord::default(); NICS],
         };
         let mut image = ImageBuilder::new(node);
         image.route4(Ipv4Addr::new(10, 244, 1, 0), 24, Route::Local);
@@ -318,6 +347,8 @@ mod tests {
             polling: Polling::Adaptive,
             frames: 64,
             frame_size: 2048,
+            huge_pages: false,
+            numa_node: None,
         };
         stats.write_identity(0, &identity);
         stats.write_identity(1, &identity);
@@ -328,7 +359,10 @@ mod tests {
         heartbeat(&stats, 1, 6, now);
         let seen = observe();
         assert!(
-            seen.is_forwarding() && seen.generation == 6 && seen.workers == 2,
+            seen.is_forwarding()
+                && seen.generation == 6
+                && seen.workers == 2
+                && seen.nics == ["eth0"],
             "{seen:?}"
         );
         heartbeat(&stats, 1, 7, now - 1_500_000_000);

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   lease set ─┐             ┌─ 1 underlay   which interface, which address
-//!   netlink ───┼─► round ───►├─ 2 next hops  which frames reach each peer
+//!   netlink ───┼─► round ───►├─ 2 next hops  which frames reach each peer, by which uplinks, in the tunnel or not
 //!   stats ─────┤             ├─ 3 withdraw   routes through rip0 that workers can no longer serve
 //!   timers ────┘             ├─ 4 publish    the forwarding table, if a bit of it changed
 //!                            ├─ 5 standby    the kernel's own path
@@ -16,7 +16,7 @@
 //!
 //! Every part fails on its own: it is reported once, tried again later, and the others go on.
 
-use core::net::Ipv4Addr;
+use core::net::IpAddr;
 use core::time::Duration;
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
@@ -26,26 +26,28 @@ use std::time::Instant;
 
 use crossbeam::channel::Receiver;
 use hashbrown::{HashMap, HashSet};
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use ripstop_fib::BuildError;
 use ripstop_fib::map::MapError;
 
 use crate::compile::compile;
 use crate::detour;
+use crate::family::{Family, PerFamily};
+use crate::fou::{Fou, FouError};
 use crate::interface::{self, InterfaceError, Selection, Underlay, View};
-use crate::lease::{LeaseEvent, LeaseSet};
-use crate::mac::Mac;
-use crate::netconf::NetConf;
-use crate::netlink::message::{Link, RouteFilter};
+use crate::lease::{Lease, LeaseEvent, LeaseSet};
+use crate::netconf::{Backend, Direct, NetConf};
+use crate::netlink::message::{self, Link, RouteFilter};
 use crate::netlink::monitor::{Dirty, Interests, Monitor};
 use crate::netlink::{Netlink, NetlinkError};
-use crate::nexthop::{NextHop, NextHops};
+use crate::nexthop::{NextHops, Query, Ways};
 use crate::problems::Problems;
 use crate::publish::{DataPlane, Fib, FibError, Published};
 use crate::rules::{Filter, FilterKeeper};
 use crate::standby::{self, StandbyError, TABLE_MAIN};
 use crate::state::State;
 use crate::sys::{Signals, Wake, wait_readable};
+use crate::uplink::{self, Uplink};
 
 /// How often heartbeats are looked at: a data plane that stands still is noticed within this and the age allowed.
 const TICK: Duration = Duration::from_millis(100);
@@ -69,6 +71,22 @@ const HISTORY: usize = 16;
 /// Unresolved peers named in the state file.
 const UNRESOLVED_SHOWN: usize = 20;
 
+/// Protocol number of UDP.
+const UDP: u8 = 17;
+
+/// Uplinks as people read them.
+fn described(uplinks: &[Uplink]) -> Vec<String> {
+    let describe = |uplink: &Uplink| {
+        let mut parts: Vec<String> = uplink.nics.iter().map(|nic| nic.1.clone()).collect();
+        parts.extend(uplink.vlan.map(|id| format!("tag {id}")));
+        match &parts[..] {
+            [only] if *only == uplink.name => uplink.name.clone(),
+            _ => format!("{} ({})", uplink.name, parts.join(", ")),
+        }
+    };
+    uplinks.iter().map(describe).collect()
+}
+
 /// Why a part of a round failed.
 #[derive(Debug, thiserror::Error)]
 enum StepError {
@@ -84,6 +102,10 @@ enum StepError {
     Map(#[from] MapError),
     #[error("compile forwarding table: {0}")]
     Compile(BuildError),
+    #[error(transparent)]
+    Fou(#[from] FouError),
+    #[error("{0}; {1}")]
+    Both(Box<StepError>, Box<StepError>),
     #[error("{count} entries refused by the kernel, first: {first}")]
     Refused { count: usize, first: String },
 }
@@ -94,6 +116,12 @@ fn refusals(refused: Vec<String>) -> Result<(), StepError> {
         .into_iter()
         .next()
         .map_or(Ok(()), |first| Err(StepError::Refused { count, first }))
+}
+
+/// Collects what failed while the rest went on.
+fn all_of(errors: Vec<StepError>) -> Result<(), StepError> {
+    let both = |first, second| StepError::Both(Box::new(first), Box::new(second));
+    errors.into_iter().reduce(both).map_or(Ok(()), Err)
 }
 
 /// Why the loop could not begin.
@@ -152,7 +180,14 @@ impl Step {
                     .min(BACKOFF_MAX);
                 self.failures += 1;
                 self.not_before = now + delay;
-                problems.raise(self.name, format!("{}: {error}", self.name));
+                let text = error.to_string();
+                problems.raise(
+                    self.name,
+                    match text.starts_with(self.name) {
+                        true => text,
+                        false => format!("{}: {text}", self.name),
+                    },
+                );
             }
         }
     }
@@ -174,7 +209,7 @@ pub struct Settings {
     pub node: String,
     /// `net-conf.json`.
     pub conf: NetConf,
-    /// `--iface` and `--public-ip`; the lease's address is filled in here.
+    /// `--iface`, `--public-ip` and `--public-ipv6`; the leases' addresses are filled in here.
     pub selection: Selection,
     /// Where the regions are.
     pub run_dir: PathBuf,
@@ -201,19 +236,27 @@ pub struct Reconciler {
     leases_seen: Option<Instant>,
     links: Vec<Link>,
     underlay: Option<Underlay>,
-    standby_link: u32,
+    /// Tunnel devices of the standby, 0 where there is none.
+    standby_links: PerFamily<u32>,
+    /// What a control plane before us left, by its own account: to be removed where we want something else.
+    former_devices: Vec<String>,
+    former_fou: Option<u16>,
     /// The standby's budget was used up: when its work began, and what it has done.
     standby_unfinished: bool,
     standby_since: Option<Instant>,
     standby_changes: usize,
     hops: NextHops,
+    /// The interfaces that workers send by.
+    uplinks: Vec<Uplink>,
+    /// NICs that had a worker when last there was one.
+    worker_nics: Vec<String>,
     /// Next hops as published, to see whether they changed.
-    published_macs: HashMap<Ipv4Addr, Option<Mac>>,
+    published_ways: HashMap<IpAddr, Ways>,
     /// Resolved subnets of the last generations.
-    history: VecDeque<(u64, HashSet<Ipv4Net>)>,
+    history: VecDeque<(u64, HashSet<IpNet>)>,
     published_at: Instant,
     data_plane: DataPlane,
-    detour_desired: Option<detour::Desired>,
+    detour_active: bool,
     last_recheck: Instant,
     last_unresolved_recheck: Instant,
     state: State,
@@ -229,14 +272,8 @@ impl Reconciler {
         let filter = FilterKeeper::start()?;
         let now = Instant::now();
         let generation = fib.generation()?;
-        let resolved: HashSet<Ipv4Net> = fib
-            .resolved_subnets()?
-            .into_iter()
-            .filter_map(|(subnet, length)| {
-                let address = Ipv4Addr::from(u32::try_from(subnet).ok()?);
-                Ipv4Net::new(address, length).ok()
-            })
-            .collect();
+        let resolved: HashSet<IpNet> = fib.resolved_subnets()?.into_iter().collect();
+        let former = State::read(&settings.run_dir).unwrap_or_default();
         if generation > 0 {
             tracing::info!(
                 generation,
@@ -264,16 +301,20 @@ impl Reconciler {
             leases_seen: None,
             links: Vec::new(),
             underlay: None,
-            standby_link: 0,
+            standby_links: PerFamily::default(),
+            former_devices: former.standby_devices,
+            former_fou: former.fou_port,
             standby_unfinished: false,
             standby_since: None,
             standby_changes: 0,
             hops: NextHops::default(),
-            published_macs: HashMap::new(),
+            uplinks: Vec::new(),
+            worker_nics: Vec::new(),
+            published_ways: HashMap::new(),
             history: VecDeque::from([(generation, resolved)]),
             published_at: now,
             data_plane: DataPlane::default(),
-            detour_desired: None,
+            detour_active: false,
             last_recheck: now,
             last_unresolved_recheck: now,
             state: State::default(),
@@ -317,7 +358,7 @@ impl Reconciler {
         match event {
             LeaseEvent::Set { leases, seen } => {
                 tracing::info!(
-                    leases = leases.peers.len() + 1,
+                    leases = leases.count(),
                     took_us = seen.elapsed().as_micros(),
                     "leases loaded"
                 );
@@ -354,12 +395,14 @@ impl Reconciler {
     }
 
     fn take_announcements(&mut self) {
+        let tunnels = self.standby_links.iter().map(|(_, &link)| link);
+        let underlay = self.underlay.as_ref().map(|underlay| underlay.index);
         let interests = Interests {
-            vxlan_link: self.standby_link,
-            underlay_link: self.underlay.as_ref().map_or(0, |underlay| underlay.index),
+            tunnels: tunnels.filter(|&link| link != 0).collect(),
+            uplinks: self.hops.links().into_iter().chain(underlay).collect(),
             table: self.settings.table,
         };
-        match self.monitor.drain(interests) {
+        match self.monitor.drain(&interests) {
             Ok(dirty) => self.mark(dirty),
             Err(error) => {
                 self.problems
@@ -415,7 +458,11 @@ impl Reconciler {
         }
         if now.duration_since(self.last_unresolved_recheck) >= RECHECK_UNRESOLVED {
             self.last_unresolved_recheck = now;
-            if self.published_macs.values().any(Option::is_none) {
+            if self
+                .published_ways
+                .values()
+                .any(|ways| ways.paths.is_empty())
+            {
                 self.steps.next_hops.wake();
             }
         }
@@ -441,7 +488,7 @@ impl Reconciler {
         }
         step!(next_hops, self.follow_next_hops(&leases, &underlay, now));
         if self.steps.publish.is_ready(now) && self.steps.detour.is_ready(now) {
-            let result = self.keep_detour(&leases, &underlay, detour::Op::withdraws);
+            let result = self.keep_detours(&leases, &underlay, detour::Op::withdraws);
             // Success is not the end of it: what is to be added is added below.
             if result.is_err() {
                 self.steps
@@ -455,7 +502,7 @@ impl Reconciler {
             self.steps.standby.wake();
         }
         self.observe_data_plane(now);
-        step!(detour, self.keep_detour(&leases, &underlay, |_| true));
+        step!(detour, self.keep_detours(&leases, &underlay, |_| true));
     }
 
     /// Chooses the interface, and with it puts a new lease set into force: one whose own lease fits no interface
@@ -466,8 +513,12 @@ impl Reconciler {
             return Ok(());
         };
         let addresses = self.netlink.addresses()?;
+        let lease_ip = |family| leases.own(family).map(|own: &Lease| own.public_ip);
         let selection = Selection {
-            lease_ip: Some(leases.own.public_ip),
+            lease_ips: PerFamily {
+                v4: lease_ip(Family::V4),
+                v6: lease_ip(Family::V6),
+            },
             ..self.settings.selection.clone()
         };
         let view = View {
@@ -478,10 +529,11 @@ impl Reconciler {
         let chosen = match interface::select(&selection, view) {
             // The main table is large; it is read only when nothing else decides.
             Err(InterfaceError::NoDefault { .. }) => {
-                let routes = self.netlink.routes(RouteFilter {
-                    table: TABLE_MAIN,
-                    link: 0,
-                })?;
+                let mut routes = Vec::new();
+                for family in Family::ALL {
+                    let filter = RouteFilter::table(family, TABLE_MAIN);
+                    routes.extend(self.netlink.routes(filter)?);
+                }
                 interface::select(
                     &selection,
                     View {
@@ -495,9 +547,11 @@ impl Reconciler {
         // While an interface is down and without address the last choice stays: the standby device is bound to it.
         let chosen = chosen?;
         if self.underlay.as_ref() != Some(&chosen) {
+            let addresses = chosen.addresses.iter();
+            let addresses: Vec<IpAddr> = addresses.filter_map(|(_, address)| *address).collect();
             tracing::info!(
                 interface = chosen.name,
-                address = %chosen.address,
+                ?addresses,
                 mac = %chosen.mac,
                 mtu = chosen.mtu,
                 "underlay interface"
@@ -507,6 +561,15 @@ impl Reconciler {
             self.steps.next_hops.wake();
             self.steps.publish.wake();
             self.steps.standby.wake();
+        }
+        // A bond's ports come and go without a route changing.
+        let now_there = |uplink: &Uplink| Uplink::of(&self.links, uplink.link);
+        if !self
+            .uplinks
+            .iter()
+            .all(|uplink| now_there(uplink).as_ref() == Some(uplink))
+        {
+            self.steps.next_hops.wake();
         }
         if let Some(pending) = self.pending.take() {
             self.filter.set(Filter::new(&pending, &self.settings.conf));
@@ -524,14 +587,24 @@ impl Reconciler {
         underlay: &Underlay,
         now: Instant,
     ) -> Result<(), StepError> {
+        if self.settings.conf.backend == Backend::Alloc {
+            return Ok(());
+        }
+        let source = |family| leases.own(family).map(|own| own.public_ip);
+        let query = Query {
+            sources: PerFamily {
+                v4: source(Family::V4),
+                v6: source(Family::V6),
+            },
+            protocol: match self.settings.conf.backend {
+                Backend::Vxlan(_) | Backend::Udp { .. } => UDP,
+                Backend::Ipip { .. } | Backend::HostGw | Backend::Alloc => 0,
+            },
+            direct: self.settings.conf.backend.direct(),
+            underlay: underlay.index,
+        };
         let peers = leases.peers.iter().map(|peer| peer.public_ip);
-        let refused = self.hops.update(
-            &mut self.netlink,
-            underlay,
-            leases.own.public_ip,
-            peers,
-            now,
-        )?;
+        let refused = self.hops.update(&mut self.netlink, query, peers, now)?;
         match refused {
             None => self.problems.clear("neighbours"),
             Some(refusal) if refusal.errno == libc::ENOBUFS => self.problems.raise(
@@ -543,35 +616,91 @@ impl Reconciler {
             ),
             Some(refusal) => self.problems.raise("neighbours", format!("resolve next hops: {refusal}")),
         }
-        let changed = leases.peers.iter().any(|peer| {
-            self.published_macs.get(&peer.public_ip) != Some(&self.hops.mac(peer.public_ip))
-        });
+        let uplinks = self.choose_uplinks(leases, underlay);
+        let mut changed = uplinks != self.uplinks;
+        if changed {
+            tracing::info!(uplinks = ?described(&uplinks), "uplinks");
+            self.uplinks = uplinks;
+        }
+        let mut rerouted = false;
+        for peer in &leases.peers {
+            let ways = self.ways(peer);
+            let before = self.published_ways.get(&peer.public_ip);
+            changed |= before != Some(&ways);
+            rerouted |= before.is_some_and(|before| before.direct != ways.direct);
+        }
         if changed {
             self.steps.publish.wake();
             self.steps.detour.wake();
         }
+        // Its route in the main table is of the other kind from here on.
+        if rerouted {
+            self.steps.standby.wake();
+        }
         Ok(())
+    }
+
+    /// How frames get to a peer.
+    fn ways(&self, peer: &Lease) -> Ways {
+        let ways = self.hops.ways(peer.public_ip, &self.uplinks);
+        ways.unwrap_or_else(|_| Ways {
+            direct: self.is_direct(peer),
+            paths: Vec::new(),
+        })
+    }
+
+    fn is_direct(&self, peer: &Lease) -> bool {
+        match self.settings.conf.backend.direct() {
+            Direct::None => false,
+            Direct::OnLink => self.hops.direct(peer.public_ip).is_some(),
+            Direct::All => true,
+        }
+    }
+
+    /// The interfaces that workers are to send by.
+    fn choose_uplinks(&self, leases: &LeaseSet, underlay: &Underlay) -> Vec<Uplink> {
+        let mut fit: HashMap<u32, bool> = HashMap::new();
+        // An interface without a worker would only lose peers.
+        let is_fit = |link: u32| {
+            Uplink::of(&self.links, link).is_some_and(|uplink| {
+                let has_worker = |nic: &(u32, String)| self.worker_nics.contains(&nic.1);
+                !uplink.nics.is_empty()
+                    && (self.worker_nics.is_empty() || uplink.nics.iter().any(has_worker))
+            })
+        };
+        let peers: Vec<_> = leases
+            .peers
+            .iter()
+            .map(|peer| {
+                let mut exits = self.hops.exits(peer.public_ip);
+                exits.retain(|exit| *fit.entry(exit.link).or_insert_with(|| is_fit(exit.link)));
+                exits
+            })
+            .collect();
+        uplink::choose(underlay.index, &peers)
+            .into_iter()
+            .filter_map(|link| Uplink::of(&self.links, link))
+            .collect()
     }
 
     fn publish(&mut self, leases: &LeaseSet, underlay: &Underlay) -> Result<(), StepError> {
         let start = Instant::now();
-        let image = compile(leases, &self.settings.conf, underlay, |peer| {
-            self.hops.mac(peer)
-        })
-        .map_err(StepError::Compile)?;
+        let ways = |peer: &Lease| self.ways(peer);
+        let image = compile(leases, &self.settings.conf, underlay, &self.uplinks, ways)
+            .map_err(StepError::Compile)?;
         let compile_us = start.elapsed().as_micros();
         let start = Instant::now();
         let published = self.fib.publish(&image)?;
         let publish_us = start.elapsed().as_micros();
-        self.published_macs = leases
+        self.published_ways = leases
             .peers
             .iter()
-            .map(|peer| (peer.public_ip, self.hops.mac(peer.public_ip)))
+            .map(|peer| (peer.public_ip, self.ways(peer)))
             .collect();
-        let resolved: HashSet<Ipv4Net> = leases
+        let resolved: HashSet<IpNet> = leases
             .peers
             .iter()
-            .filter(|peer| self.hops.mac(peer.public_ip).is_some())
+            .filter(|peer| !self.published_ways[&peer.public_ip].paths.is_empty())
             .map(|peer| peer.subnet)
             .collect();
         let since_change_us = self
@@ -581,7 +710,7 @@ impl Reconciler {
         if let Published::New(generation) = published {
             tracing::info!(
                 generation,
-                leases = leases.peers.len() + 1,
+                leases = leases.count(),
                 resolved = resolved.len(),
                 bytes = image.len() * 8,
                 compile_us,
@@ -602,32 +731,84 @@ impl Reconciler {
     }
 
     fn keep_standby(&mut self, leases: &LeaseSet, underlay: &Underlay) -> Result<(), StepError> {
-        let desired = standby::Desired::new(leases, &self.settings.conf, underlay);
         let start = self.standby_since.take().unwrap_or_else(Instant::now);
-        let (link, outcome) = standby::reconcile(&mut self.netlink, &desired, STANDBY_BUDGET)?;
-        self.standby_link = link;
-        standby::reconcile_sysctls(&desired.name);
-        self.standby_changes += outcome.peers.changed;
-        if outcome.changed() {
-            // Routes through rip0 name the device's address as their source; it may have been away.
-            self.steps.detour.wake();
+        let mut errors = Vec::new();
+        self.remove_former()?;
+        if let Backend::Udp { port } = self.settings.conf.backend {
+            let ensured = Fou::open().and_then(|mut fou| fou.ensure(port));
+            errors.extend(ensured.err().map(StepError::Fou));
         }
-        if !outcome.device_changes.is_empty() {
-            tracing::info!(device = desired.name, changes = ?outcome.device_changes, "standby device set");
+        let mut remaining = 0;
+        let mut refused = Vec::new();
+        for family in Family::ALL {
+            let conf = &self.settings.conf;
+            let direct = |peer: &Lease| self.hops.direct(peer.public_ip);
+            let desired = standby::Desired::new(family, leases, conf, underlay, direct);
+            // Where there is nothing to hold, what was held before goes.
+            let desired = desired.unwrap_or(standby::Desired {
+                family,
+                device: None,
+                peers: Vec::new(),
+            });
+            let (link, outcome) =
+                standby::reconcile(&mut self.netlink, &desired, STANDBY_BUDGET / 2)?;
+            *self.standby_links.get_mut(family) = link.unwrap_or(0);
+            if let (Some(device), Some(_)) = (&desired.device, link) {
+                standby::reconcile_sysctls(&device.name);
+            }
+            self.standby_changes += outcome.peers.changed;
+            if outcome.changed() {
+                // Routes through rip0 name the device's address as their source; it may have been away.
+                self.steps.detour.wake();
+            }
+            if !outcome.device_changes.is_empty() {
+                let device = desired.device.map(|device| device.name).unwrap_or_default();
+                tracing::info!(device, changes = ?outcome.device_changes, "standby device set");
+            }
+            remaining += outcome.peers.remaining;
+            refused.extend(outcome.peers.refused);
+            errors.extend(outcome.device_error.map(StepError::Standby));
         }
-        self.standby_unfinished = outcome.peers.remaining > 0;
+        self.standby_unfinished = remaining > 0;
         if self.standby_unfinished {
             self.standby_since = Some(start);
         } else if self.standby_changes > 0 {
             let entries = core::mem::take(&mut self.standby_changes);
             tracing::info!(
-                device = desired.name,
                 entries,
                 took_us = start.elapsed().as_micros(),
                 "standby path set"
             );
         }
-        refusals(outcome.peers.refused)
+        errors.extend(refusals(refused).err());
+        all_of(errors)
+    }
+
+    /// Removes tunnel devices and the receive port that another backend of ours left.
+    fn remove_former(&mut self) -> Result<(), StepError> {
+        let conf = &self.settings.conf;
+        let names = conf
+            .families()
+            .filter_map(|family| standby::device_name(conf.backend, family));
+        let wanted: Vec<String> = names.collect();
+        // Announced links wake this step before the list of them is read anew.
+        let links = self.netlink.links()?;
+        let former = &self.former_devices;
+        for link in standby::stale_devices(&mut self.netlink, &links, &wanted, former)? {
+            match self.netlink.execute_one(message::delete_link(link.index))? {
+                Ok(()) => tracing::info!(device = link.name, "device of another backend removed"),
+                Err(refusal) => tracing::warn!(device = link.name, %refusal, "not removed"),
+            }
+        }
+        let port = match conf.backend {
+            Backend::Udp { port } => Some(port),
+            Backend::Alloc | Backend::HostGw | Backend::Vxlan(_) | Backend::Ipip { .. } => None,
+        };
+        if let Some(former) = self.former_fou.filter(|former| Some(*former) != port) {
+            Fou::open()?.remove(former)?;
+        }
+        self.former_fou = None;
+        Ok(())
     }
 
     fn observe_data_plane(&mut self, now: Instant) {
@@ -635,6 +816,7 @@ impl Reconciler {
             Ok(seen) => {
                 self.problems.clear("data plane");
                 let before = core::mem::replace(&mut self.data_plane, seen);
+                let seen = &self.data_plane;
                 if before.is_forwarding() != seen.is_forwarding() {
                     tracing::info!(
                         alive = seen.alive,
@@ -649,7 +831,11 @@ impl Reconciler {
                         }
                     );
                 }
-                if before != seen {
+                if !seen.nics.is_empty() && seen.nics != self.worker_nics {
+                    self.worker_nics.clone_from(&seen.nics);
+                    self.steps.next_hops.wake();
+                }
+                if before != *seen {
                     self.steps.detour.wake();
                     self.steps.detour.not_before = now;
                 }
@@ -665,8 +851,8 @@ impl Reconciler {
         }
     }
 
-    /// Subnets that every worker can send to, whatever generation it is at.
-    fn served(&self, leases: &LeaseSet) -> HashSet<Ipv4Net> {
+    /// Subnets of a family that every worker can send to, whatever generation it is at.
+    fn served<'a>(&self, leases: &'a LeaseSet, family: Family) -> Vec<&'a Lease> {
         let oldest = self.data_plane.generation;
         if oldest == 0
             || !self
@@ -674,7 +860,7 @@ impl Reconciler {
                 .iter()
                 .any(|(generation, _)| *generation == oldest)
         {
-            return HashSet::new();
+            return Vec::new();
         }
         let in_use: Vec<_> = self
             .history
@@ -682,76 +868,167 @@ impl Reconciler {
             .filter(|(generation, _)| *generation >= oldest)
             .collect();
         leases
-            .peers
-            .iter()
-            .filter(|peer| self.hops.mac(peer.public_ip).is_some())
-            .map(|peer| peer.subnet)
-            .filter(|subnet| in_use.iter().all(|(_, resolved)| resolved.contains(subnet)))
+            .peers(family)
+            .filter(|peer| {
+                let resolved =
+                    |(_, resolved): &&(u64, HashSet<IpNet>)| resolved.contains(&peer.subnet);
+                in_use.iter().all(resolved) && !self.ways(peer).paths.is_empty()
+            })
             .collect()
     }
 
-    /// Makes those changes to the detour that `which` selects.
-    fn keep_detour(
+    /// Makes those changes to the detours of both families that `which` selects.
+    fn keep_detours(
         &mut self,
         leases: &LeaseSet,
         underlay: &Underlay,
         which: impl Fn(&detour::Op) -> bool,
     ) -> Result<(), StepError> {
+        let conf = &self.settings.conf;
         let device = self.links.iter().find(|link| link.name == detour::DEVICE);
+        let mtu = conf
+            .families()
+            .map(|family| conf.pod_mtu(family, underlay.mtu))
+            .max()
+            .unwrap_or(underlay.mtu);
         let mut refused = Vec::new();
         if let Some(device) = device {
-            let mtu = standby::pod_mtu(&self.settings.conf, underlay);
-            refused = detour::prepare_device(&mut self.netlink, device, mtu)?;
+            let own = leases.own.iter().filter_map(|(_, own)| own.as_ref());
+            let addresses: Vec<IpAddr> = match conf.backend.is_tunnel() {
+                true => own.map(Lease::vtep_ip).collect(),
+                false => Vec::new(),
+            };
+            refused = detour::prepare_device(&mut self.netlink, device, mtu, &addresses)?;
         }
-        let subnets = self.served(leases);
-        let desired = detour::Desired {
-            link: device.map(|device| device.index),
-            table: self.settings.table,
-            source: leases.own.vtep_ip(),
-            active: device.is_some() && self.data_plane.is_forwarding() && !subnets.is_empty(),
-            subnets,
-        };
-        let planned = detour::plan(&mut self.netlink, &desired)?;
-        let ops: Vec<_> = planned.iter().filter(|op| which(op)).cloned().collect();
-        refused.extend(detour::apply(&mut self.netlink, &ops)?);
-        let was_active = self
-            .detour_desired
-            .as_ref()
-            .is_some_and(|before| before.active);
-        if was_active != desired.active {
+        let (mut active, mut subnets) = (false, 0);
+        for family in Family::ALL {
+            let desired = self.detour(leases, underlay, family, mtu);
+            active |= desired.active;
+            subnets += desired.subnets();
+            let planned = detour::plan(&mut self.netlink, &desired)?;
+            let ops: Vec<_> = planned.iter().filter(|op| which(op)).cloned().collect();
+            refused.extend(detour::apply(&mut self.netlink, &ops)?);
+        }
+        if self.detour_active != active {
             tracing::info!(
-                active = desired.active,
-                subnets = desired.subnets.len(),
+                active,
+                subnets,
                 since_publish_ms = self.published_at.elapsed().as_millis(),
                 "detour through {}",
                 detour::DEVICE
             );
         }
-        self.detour_desired = Some(desired);
+        self.detour_active = active;
+        self.check_reverse_path(active);
         refusals(refused)
     }
 
+    /// What the detour of a family has to be.
+    fn detour(
+        &self,
+        leases: &LeaseSet,
+        underlay: &Underlay,
+        family: Family,
+        device_mtu: u32,
+    ) -> detour::Desired {
+        let conf = &self.settings.conf;
+        let device = self.links.iter().find(|link| link.name == detour::DEVICE);
+        let own = leases.own(family);
+        let served = match own {
+            Some(_) => self.served(leases, family),
+            None => Vec::new(),
+        };
+        let (plain, tunnelled): (Vec<&Lease>, Vec<&Lease>) =
+            served.into_iter().partition(|peer| self.is_direct(peer));
+        let subnets = |leases: Vec<&Lease>| leases.iter().map(|lease| lease.subnet).collect();
+        let has_worker = |uplink: &Uplink| {
+            let nics = uplink.nics.iter();
+            nics.into_iter()
+                .any(|(_, name)| self.data_plane.nics.contains(name))
+        };
+        let is_served = !(plain.is_empty() && tunnelled.is_empty());
+        detour::Desired {
+            family,
+            link: device.map(|device| device.index),
+            table: self.settings.table,
+            direct: conf.backend.direct(),
+            policies: conf.backend.vxlan().is_some_and(|vxlan| vxlan.gbp),
+            // Of a family that is off there is nothing, so this is not looked at.
+            own_subnet: own.map_or(IpNet::V4(Ipv4Net::default()), |own| own.subnet),
+            mtu: Some(conf.pod_mtu(family, underlay.mtu)).filter(|&mtu| mtu < device_mtu),
+            tunnelled: subnets(tunnelled),
+            plain: subnets(plain),
+            active: device.is_some()
+                && self.data_plane.is_forwarding()
+                && self.uplinks.iter().any(has_worker)
+                && is_served,
+        }
+    }
+
+    /// Packets of direct peers that the workers leave to the kernel arrive by the uplink, while the route back leads
+    /// through `rip0`: a strict check would drop them.
+    fn check_reverse_path(&mut self, active: bool) {
+        let strict = |name: &str| {
+            let value = |name: &str| {
+                let path = format!("/proc/sys/net/ipv4/conf/{name}/rp_filter");
+                let text = std::fs::read_to_string(path).unwrap_or_default();
+                text.trim().parse::<u8>().unwrap_or(0)
+            };
+            value("all").max(value(name)) == 1
+        };
+        let concerned = active
+            && self.settings.conf.network.is_some()
+            && self.settings.conf.backend.direct() != Direct::None;
+        let uplink = self.uplinks.iter().find(|uplink| strict(&uplink.name));
+        match uplink.filter(|_| concerned) {
+            Some(uplink) => {
+                let name = &uplink.name;
+                self.problems.raise(
+                    "reverse path",
+                    format!(
+                        "{name} checks reverse paths strictly: fragments and packets with options from direct peers are lost; set net.ipv4.conf.{name}.rp_filter=2"
+                    ),
+                );
+            }
+            None => self.problems.clear("reverse path"),
+        }
+    }
+
     fn write_state(&mut self, problems: Vec<String>) {
-        let unresolved = self
-            .leases
-            .iter()
-            .flat_map(|leases| &leases.peers)
-            .filter_map(|peer| match self.hops.get(peer.public_ip) {
-                NextHop::Resolved(_) => None,
-                NextHop::Unresolved(reason) => {
-                    Some(format!("{} ({}): {reason}", peer.node, peer.public_ip))
-                }
+        let conf = &self.settings.conf;
+        let peers = self.leases.iter().flat_map(|leases| &leases.peers);
+        let unresolved = peers
+            .filter(|_| conf.backend != Backend::Alloc)
+            .filter_map(|peer| {
+                let reason = self.hops.ways(peer.public_ip, &self.uplinks).err()?;
+                Some(format!("{} ({}): {reason}", peer.node, peer.public_ip))
             });
+        let own = self.leases.iter().flat_map(|leases| leases.own.iter());
+        let own: Vec<&Lease> = own.filter_map(|(_, own)| own.as_ref()).collect();
+        let devices = || {
+            conf.families()
+                .filter_map(|family| Some((family, standby::device_name(conf.backend, family)?)))
+        };
+        let pod_mtu = |family: Family| {
+            conf.network(family)?;
+            let underlay = self.underlay.as_ref()?;
+            Some(conf.pod_mtu(family, underlay.mtu))
+        };
         let state = State {
             node: self.settings.node.clone(),
             lease_source: self.settings.lease_source.clone(),
-            standby_device: standby::device_name(self.settings.conf.vxlan.vni),
+            backend: conf.backend.name().to_owned(),
+            standby_devices: devices().map(|(_, name)| name).collect(),
+            fou_port: match conf.backend {
+                Backend::Udp { port } => Some(port),
+                Backend::Alloc | Backend::HostGw | Backend::Vxlan(_) | Backend::Ipip { .. } => None,
+            },
+            filtered: devices().map(|(family, _)| family.to_string()).collect(),
             underlay: self.underlay.as_ref().map(|underlay| underlay.name.clone()),
-            public_ip: self.leases.as_ref().map(|leases| leases.own.public_ip),
-            pod_mtu: self
-                .underlay
-                .as_ref()
-                .map(|underlay| standby::pod_mtu(&self.settings.conf, underlay)),
+            uplinks: described(&self.uplinks),
+            public_ips: own.iter().map(|own| own.public_ip).collect(),
+            pod_mtu: pod_mtu(Family::V4),
+            pod_mtu6: pod_mtu(Family::V6),
             table: self.settings.table,
             unresolved: unresolved.take(UNRESOLVED_SHOWN).collect(),
             problems,

@@ -1,25 +1,25 @@
 //! What the operator's CLI shows: read from the run directory and the kernel, asking no process.
 
 use core::fmt::Write as _;
-use core::net::Ipv4Addr;
 use core::time::Duration;
 use std::collections::HashSet;
 use std::io;
 use std::path::Path;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use ripstop_fib::map::{
     self, CONTROLPLANE_LOCK, DATAPLANE_LOCK, FIB_FILE, MapError, STATS_FILE, lock_owner, open_fib,
     open_stats,
 };
 use ripstop_fib::stats::{Counter, KernelCounter, NicStats, Stats, WorkerStats, XdpCounter};
-use ripstop_fib::{DropReason, Image, LeaseRecord, Node, Region};
+use ripstop_fib::{Backend, DropReason, Image, LeaseRecord, Node, Region};
 use serde::Serialize;
 
+use crate::family::Family;
 use crate::mac::Mac;
 use crate::netlink::message::RouteFilter;
 use crate::netlink::{Netlink, NetlinkError};
-use crate::publish::HEARTBEAT_MAX;
+use crate::publish::{self, HEARTBEAT_MAX};
 use crate::state::State;
 use crate::table::{Align, grouped, render, scaled};
 use crate::{detour, rules, standby};
@@ -118,22 +118,32 @@ fn read_stats(run_dir: &Path) -> Result<Option<Sample>, ReportError> {
 #[derive(Debug, Default)]
 struct Kernel {
     rule: bool,
-    detour_subnets: HashSet<Ipv4Net>,
+    detour_subnets: HashSet<IpNet>,
     rip0: bool,
-    standby_device: bool,
+    /// Of the devices asked for, those that are not there.
+    missing_devices: Vec<String>,
 }
 
-fn read_kernel(table: u32, device: &str) -> Result<Kernel, NetlinkError> {
+fn read_kernel(table: u32, devices: &[String]) -> Result<Kernel, NetlinkError> {
     let mut netlink = Netlink::open()?;
     let links = netlink.links()?;
-    let routes = netlink.routes(RouteFilter { table, link: 0 })?;
-    let rules = netlink.rules()?;
-    Ok(Kernel {
-        rule: rules.iter().any(|rule| detour::is_our_rule(rule, table)),
-        detour_subnets: routes.iter().map(|route| route.destination).collect(),
+    let mut kernel = Kernel {
         rip0: links.iter().any(|link| link.name == detour::DEVICE),
-        standby_device: links.iter().any(|link| link.name == device),
-    })
+        ..Kernel::default()
+    };
+    let is_missing = |device: &&String| !links.iter().any(|link| link.name == **device);
+    kernel.missing_devices = devices.iter().filter(is_missing).cloned().collect();
+    for family in Family::ALL {
+        let routes = netlink.routes(RouteFilter::table(family, table))?;
+        let subnets = routes.iter().map(|route| route.destination);
+        let rules = netlink.rules(family)?;
+        // Routes that no rule leads to carry nothing.
+        if rules.iter().any(|rule| detour::is_our_rule(rule, table)) {
+            kernel.rule = true;
+            kernel.detour_subnets.extend(subnets);
+        }
+    }
+    Ok(kernel)
 }
 
 /// `ripstop status`.
@@ -254,12 +264,18 @@ pub struct FibStatus {
     pub peers: usize,
     /// Its size.
     pub bytes: usize,
-    /// The VNI.
+    /// How packets reach other nodes.
+    pub backend: &'static str,
+    /// The VNI, 0 without VXLAN.
     pub vni: u32,
-    /// The UDP port.
+    /// The UDP port, 0 where there is none.
     pub port: u16,
-    /// MTU of the pods.
-    pub pod_mtu: u16,
+    /// MTU of the pods in IPv4.
+    pub pod_mtu: Option<u16>,
+    /// MTU of the pods in IPv6.
+    pub pod_mtu6: Option<u16>,
+    /// Peers that are sent to without a tunnel.
+    pub direct: usize,
 }
 
 /// Which way traffic to other nodes goes.
@@ -274,7 +290,7 @@ pub struct PathStatus {
     pub rule: bool,
     /// Subnets routed through it.
     pub detour_routes: usize,
-    /// The kernel's VXLAN device is there.
+    /// The kernel's tunnel devices are there, as far as the backend has any.
     pub standby_device: bool,
     /// The peer filter is there; none where nft cannot be asked.
     pub peer_filter: Option<bool>,
@@ -352,9 +368,16 @@ impl Status {
                 .count(),
             peers: table.leases.iter().filter(|lease| !lease.local).count(),
             bytes: table.bytes,
+            backend: table.node.backend.name(),
             vni: table.node.vni,
             port: table.node.udp_port,
-            pod_mtu: table.node.pod_mtu,
+            pod_mtu: table.node.v4.map(|v4| v4.pod_mtu),
+            pod_mtu6: table.node.v6.map(|v6| v6.pod_mtu),
+            direct: table
+                .leases
+                .iter()
+                .filter(|lease| lease.direct && !lease.local)
+                .count(),
         });
         let path = path_status(state.as_ref(), fib.as_ref(), &mut problems);
         if control_pid.is_none() {
@@ -465,12 +488,13 @@ fn path_status(
     problems: &mut Vec<String>,
 ) -> Option<PathStatus> {
     let table = state.map_or(detour::TABLE, |state| state.table);
-    let device = match (state, fib) {
-        (Some(state), _) => state.standby_device.clone(),
-        (None, Some(fib)) => standby::device_name(fib.vni),
-        (None, None) => standby::device_name(1),
+    let vxlan = || match fib {
+        Some(fib) if fib.vni == 0 => Vec::new(),
+        Some(fib) => vec![standby::vxlan_names(fib.vni)[0].clone()],
+        None => Vec::new(),
     };
-    let kernel = match read_kernel(table, &device) {
+    let devices = state.map_or_else(vxlan, |state| state.standby_devices.clone());
+    let kernel = match read_kernel(table, &devices) {
         Ok(kernel) => kernel,
         Err(error) => {
             problems.push(format!("the kernel cannot be asked: {error}"));
@@ -478,10 +502,11 @@ fn path_status(
         }
     };
     let peer_filter = rules::counts().ok().map(|counts| counts.is_some());
-    if !kernel.standby_device {
+    for device in &kernel.missing_devices {
         problems.push(format!("the standby device {device} is missing"));
     }
-    if peer_filter == Some(false) {
+    let is_filtered = state.is_none_or(|state| !state.filtered.is_empty());
+    if peer_filter == Some(false) && is_filtered {
         problems.push(
             "the peer filter is missing: the kernel's path decapsulates packets from anyone"
                 .to_owned(),
@@ -502,7 +527,7 @@ fn path_status(
         rip0: kernel.rip0,
         rule: kernel.rule,
         detour_routes: routed,
-        standby_device: kernel.standby_device,
+        standby_device: kernel.missing_devices.is_empty(),
         peer_filter,
     })
 }
@@ -512,6 +537,40 @@ fn yes(condition: bool, yes: &str, no: &str) -> String {
         yes.to_owned()
     } else {
         no.to_owned()
+    }
+}
+
+fn standby_devices(state: Option<&State>) -> String {
+    match state.map(|state| &state.standby_devices[..]) {
+        Some([]) => "plain routes".to_owned(),
+        Some(devices) => devices.join(", "),
+        None => "standby device".to_owned(),
+    }
+}
+
+impl FibStatus {
+    /// Backend, its numbers and the pods' MTUs.
+    fn described(&self) -> String {
+        let mut text = self.backend.to_owned();
+        if self.vni != 0 {
+            let _ = write!(text, ", VNI {}", self.vni);
+        }
+        if self.port != 0 {
+            let _ = write!(text, ", port {}", self.port);
+        }
+        if self.direct > 0 {
+            let _ = write!(text, ", {} direct", self.direct);
+        }
+        match (self.pod_mtu, self.pod_mtu6) {
+            (Some(v4), Some(v6)) => {
+                let _ = write!(text, ", pod MTU {v4} and {v6} in IPv6");
+            }
+            (Some(mtu), None) | (None, Some(mtu)) => {
+                let _ = write!(text, ", pod MTU {mtu}");
+            }
+            (None, None) => {}
+        }
+        text
     }
 }
 
@@ -539,24 +598,27 @@ impl core::fmt::Display for Status {
         match &self.fib {
             Some(fib) => write!(
                 f,
-                "\nfib            generation {}, {} leases, {} of {} peers resolved, {} KiB, VNI {}, port {}, pod MTU {}",
+                "\nfib            generation {}, {} leases, {} of {} peers resolved, {} KiB, {}",
                 fib.generation,
                 fib.leases,
                 fib.resolved,
                 fib.peers,
                 fib.bytes / 1024,
-                fib.vni,
-                fib.port,
-                fib.pod_mtu
+                fib.described()
             )?,
             None => write!(f, "\nfib            nothing published yet")?,
         }
         if let Some(state) = &control.state {
             let underlay = state.underlay.as_deref().unwrap_or("none");
-            let address = state
-                .public_ip
-                .map_or_else(|| "no address".to_owned(), |ip: Ipv4Addr| ip.to_string());
-            write!(f, "\nunderlay       {underlay}, {address}")?;
+            let addresses: Vec<_> = state.public_ips.iter().map(ToString::to_string).collect();
+            let addresses = match &addresses[..] {
+                [] => "no address".to_owned(),
+                some => some.join(", "),
+            };
+            write!(f, "\nunderlay       {underlay}, {addresses}")?;
+            if state.uplinks.iter().any(|uplink| uplink != underlay) {
+                write!(f, ", uplinks {}", state.uplinks.join(", "))?;
+            }
         }
         match &self.path {
             Some(path) => write!(
@@ -566,10 +628,7 @@ impl core::fmt::Display for Status {
                 yes(path.rip0, "present", "absent"),
                 yes(path.rule, "present", "absent"),
                 path.detour_routes,
-                control
-                    .state
-                    .as_ref()
-                    .map_or("standby device", |state| state.standby_device.as_str()),
+                standby_devices(control.state.as_ref()),
                 yes(path.standby_device, "present", "absent"),
                 path.peer_filter.map_or_else(
                     || "unknown".to_owned(),
@@ -693,8 +752,12 @@ pub struct LeaseRow {
     pub subnet: String,
     /// Its address.
     pub public_ip: String,
-    /// Its VTEP MAC.
-    pub vtep_mac: String,
+    /// Its VTEP MAC; none without VXLAN.
+    pub vtep_mac: Option<String>,
+    /// `tunnel` or `direct`; none for our own and without a data path.
+    pub via: Option<&'static str>,
+    /// Number of next hops towards it.
+    pub paths: u8,
     /// The Ethernet address of the next hop towards it.
     pub next_hop_mac: Option<String>,
     /// `own`, `resolved` or `unresolved`.
@@ -713,10 +776,6 @@ pub struct Leases {
     pub leases: Vec<LeaseRow>,
 }
 
-fn ipv4_text(bits: u128) -> Ipv4Addr {
-    Ipv4Addr::from(u32::try_from(bits).unwrap_or_default())
-}
-
 impl Leases {
     /// Reads the leases from the forwarding table.
     pub fn read(run_dir: &Path) -> Result<Self, ReportError> {
@@ -727,22 +786,34 @@ impl Leases {
         };
         let state = State::read(run_dir).ok();
         let number = state.map_or(detour::TABLE, |state| state.table);
-        let kernel = read_kernel(number, "").ok();
+        let kernel = read_kernel(number, &[]).ok();
+        let backend = table.node.backend;
         let row = |lease: &LeaseRecord| {
-            let subnet =
-                Ipv4Net::new(ipv4_text(lease.subnet), lease.prefix_len).unwrap_or_default();
+            let subnet = publish::subnet(lease);
+            let public_ip = publish::address(lease, lease.public_ip);
             let path = kernel.as_ref().map(|kernel| match lease.local {
                 true => "local",
-                false if kernel.rule && kernel.rip0 && kernel.detour_subnets.contains(&subnet) => {
+                false
+                    if kernel.rip0
+                        && subnet.is_some_and(|subnet| kernel.detour_subnets.contains(&subnet)) =>
+                {
                     "worker"
                 }
                 false => "standby",
             });
             LeaseRow {
                 node: lease.node_name().to_owned(),
-                subnet: subnet.to_string(),
-                public_ip: ipv4_text(lease.public_ip).to_string(),
-                vtep_mac: Mac(lease.vtep_mac).to_string(),
+                subnet: subnet.map(|subnet| subnet.to_string()).unwrap_or_default(),
+                public_ip: public_ip.map(|ip| ip.to_string()).unwrap_or_default(),
+                vtep_mac: Some(Mac(lease.vtep_mac))
+                    .filter(|mac| !mac.is_zero())
+                    .map(|mac| mac.to_string()),
+                via: match (backend, lease.local, lease.direct) {
+                    (Backend::Alloc, ..) | (_, true, _) => None,
+                    (_, false, true) => Some("direct"),
+                    (_, false, false) => Some("tunnel"),
+                },
+                paths: lease.paths,
                 next_hop_mac: (lease.resolved && !lease.local)
                     .then(|| Mac(lease.next_hop_mac).to_string()),
                 state: match (lease.local, lease.resolved) {
@@ -754,7 +825,7 @@ impl Leases {
             }
         };
         let mut records = table.leases;
-        records.sort_unstable_by_key(|lease| (lease.subnet, lease.prefix_len));
+        records.sort_unstable_by_key(|lease| (lease.family, lease.subnet, lease.prefix_len));
         Ok(Self {
             generation: table.generation,
             leases: records.iter().map(row).collect(),
@@ -769,6 +840,7 @@ impl core::fmt::Display for Leases {
             ("SUBNET", Align::Left),
             ("PUBLIC IP", Align::Left),
             ("VTEP MAC", Align::Left),
+            ("VIA", Align::Left),
             ("NEXT HOP", Align::Left),
             ("STATE", Align::Left),
             ("PATH", Align::Left),
@@ -778,8 +850,13 @@ impl core::fmt::Display for Leases {
                 lease.node.clone(),
                 lease.subnet.clone(),
                 lease.public_ip.clone(),
-                lease.vtep_mac.clone(),
-                lease.next_hop_mac.clone().unwrap_or_else(|| "-".to_owned()),
+                lease.vtep_mac.clone().unwrap_or_else(|| "-".to_owned()),
+                lease.via.unwrap_or("-").to_owned(),
+                match (&lease.next_hop_mac, lease.paths) {
+                    (None, _) => "-".to_owned(),
+                    (Some(mac), 0 | 1) => mac.clone(),
+                    (Some(mac), paths) => format!("{mac} and {} more", paths - 1),
+                },
                 lease.state.to_owned(),
                 lease.path.unwrap_or("unknown").to_owned(),
             ]

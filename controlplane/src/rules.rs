@@ -1,11 +1,14 @@
-//! The standby's peer filter: only peers may tunnel into the kernel's VXLAN device.
+//! The standby's peer filter: only peers may tunnel into the kernel's tunnel devices.
 //!
-//! A VXLAN device decapsulates from anyone. The workers check every packet; the kernel's path is given the same
-//! checks by nftables, in a table of our own:
+//! A tunnel device decapsulates from anyone. The workers check every packet; the kernel's path is given the same
+//! checks by nftables, in a table of our own for each family:
 //!
-//! - `standby` (hook input, behind defragmentation): a datagram to the tunnel's port must be addressed to our public
-//!   address, carry our VNI and IPv4 from a single sender, and come from a pair of outer and inner source that is in the set `peers`.
+//! - `standby` (hook input, behind defragmentation): a tunnel packet must be addressed to our public address, have the
+//!   form of our tunnel (with VXLAN: our VNI, and IP of the family from a single sender), and come from a pair of outer
+//!   and inner source that is in the set `peers`.
 //! - `decapsulated` (hook prerouting): what comes out of the device must be addressed to our own subnet.
+//!
+//! Packets of direct peers come without a tunnel: they are routed as any others, and none of this concerns them.
 //!
 //! A rule whose packet is too short to be looked at does not match, so the chain ends with the drop and not with the
 //! exceptions. Changes go through the `nft` program. The filter outlives the control plane on purpose; `ripstop
@@ -18,7 +21,7 @@
 //! stay untouched.
 
 use core::fmt::Write as _;
-use core::net::Ipv4Addr;
+use core::net::IpAddr;
 use core::time::Duration;
 use std::collections::BTreeSet;
 use std::io::{self, Write as _};
@@ -28,16 +31,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
+use crate::family::{Family, PerFamily};
 use crate::lease::LeaseSet;
-use crate::netconf::NetConf;
+use crate::netconf::{Backend, NetConf};
 use crate::netlink::NetlinkError;
 use crate::netlink::monitor::RulesetMonitor;
 use crate::standby;
 use crate::sys::{Wake, wait_readable};
 
-/// Name of our table, family `ip`.
+/// Name of our tables, families `ip` and `ip6`.
 pub const TABLE: &str = "ripstop";
 
 /// A named counter of the filter.
@@ -50,14 +54,14 @@ pub struct FilterCounter {
 }
 
 /// All counters, in the order of the checks.
-pub const COUNTERS: [FilterCounter; 8] = [
+pub const COUNTERS: [FilterCounter; 9] = [
     FilterCounter {
         name: "standby_outer_destination",
         explanation: "The kernel's path received a tunnel packet for another of this node's addresses than its public IP.",
     },
     FilterCounter {
         name: "standby_truncated",
-        explanation: "The kernel's path received a tunnel packet too short to hold an inner IPv4 header.",
+        explanation: "The kernel's path received a tunnel packet too short to hold an inner IP header.",
     },
     FilterCounter {
         name: "standby_vxlan_flags",
@@ -73,7 +77,11 @@ pub const COUNTERS: [FilterCounter; 8] = [
     },
     FilterCounter {
         name: "standby_inner_ether_type",
-        explanation: "The kernel's path received a tunnel packet that carries something else than IPv4.",
+        explanation: "The kernel's path received a tunnel packet that carries something else than IP of its device's family.",
+    },
+    FilterCounter {
+        name: "standby_other_tunnel",
+        explanation: "The kernel's path received IP in IP without the UDP header that the udp backend has.",
     },
     FilterCounter {
         name: "standby_unknown_peer",
@@ -85,47 +93,142 @@ pub const COUNTERS: [FilterCounter; 8] = [
     },
 ];
 
-/// What the filter has to say.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What the filter has to say: a table for each family that has a tunnel.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Filter {
+    /// The tables.
+    pub tables: PerFamily<Option<Table>>,
+}
+
+/// The filter of one family.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// Which.
+    pub family: Family,
     /// Our outer address.
-    pub public_ip: Ipv4Addr,
-    /// The tunnel's UDP port.
-    pub port: u16,
-    /// The tunnel's VNI.
-    pub vni: u32,
-    /// The VXLAN device.
+    pub public_ip: IpAddr,
+    /// What tunnel packets look like.
+    pub tunnel: Tunnel,
+    /// The tunnel device.
     pub device: String,
     /// Our own subnet.
-    pub subnet: Ipv4Net,
+    pub subnet: IpNet,
     /// Outer address and subnet of each peer.
-    pub peers: BTreeSet<(Ipv4Addr, Ipv4Net)>,
+    pub peers: BTreeSet<(IpAddr, IpNet)>,
+}
+
+/// What tunnel packets look like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tunnel {
+    /// VXLAN.
+    Vxlan {
+        /// UDP port.
+        port: u16,
+        /// Network identifier.
+        vni: u32,
+        /// Packets may carry a policy.
+        gbp: bool,
+    },
+    /// IP in IP.
+    Ipip,
+    /// IP in UDP.
+    Udp {
+        /// UDP port.
+        port: u16,
+    },
 }
 
 impl Filter {
     /// Derives the filter from the leases.
     pub fn new(leases: &LeaseSet, conf: &NetConf) -> Self {
+        let tunnel = match conf.backend {
+            Backend::Vxlan(vxlan) => Tunnel::Vxlan {
+                port: vxlan.port,
+                vni: vxlan.vni,
+                gbp: vxlan.gbp,
+            },
+            Backend::Ipip { .. } => Tunnel::Ipip,
+            Backend::Udp { port } => Tunnel::Udp { port },
+            Backend::Alloc | Backend::HostGw => return Self::default(),
+        };
+        let table = |family| {
+            let own = leases.own(family)?;
+            Some(Table {
+                family,
+                public_ip: own.public_ip,
+                tunnel,
+                device: standby::device_name(conf.backend, family)?,
+                subnet: own.subnet,
+                peers: leases
+                    .peers(family)
+                    .map(|peer| (peer.public_ip, peer.subnet))
+                    .collect(),
+            })
+        };
         Self {
-            public_ip: leases.own.public_ip,
-            port: conf.vxlan.port,
-            vni: conf.vxlan.vni,
-            device: standby::device_name(conf.vxlan.vni),
-            subnet: leases.own.subnet,
-            peers: leases
-                .peers
-                .iter()
-                .map(|peer| (peer.public_ip, peer.subnet))
-                .collect(),
+            tables: PerFamily {
+                v4: table(Family::V4),
+                v6: table(Family::V6),
+            },
         }
     }
 
-    /// The transaction that puts the whole filter in the place of any other; counters start at `counts`.
+    fn table(&self, family: Family) -> Option<&Table> {
+        self.tables.get(family).as_ref()
+    }
+}
+
+/// The words of a table in nftables.
+fn place(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip ripstop",
+        Family::V6 => "ip6 ripstop",
+    }
+}
+
+impl Table {
+    fn place(&self) -> &'static str {
+        place(self.family)
+    }
+
+    /// Bits from the start of the transport header to the inner IP header.
+    fn inner(&self) -> u32 {
+        match self.tunnel {
+            // UDP 8, VXLAN 8, Ethernet 14 bytes.
+            Tunnel::Vxlan { .. } => 30 * 8,
+            Tunnel::Ipip => 0,
+            Tunnel::Udp { .. } => 8 * 8,
+        }
+    }
+
+    /// The inner source address as a raw payload field.
+    fn inner_source(&self) -> String {
+        let inner = self.inner();
+        match self.family {
+            Family::V4 => format!("@th,{},32", inner + 12 * 8),
+            Family::V6 => format!("@th,{},128", inner + 8 * 8),
+        }
+    }
+
+    /// The set of peers: outer source, and first and last inner source as numbers, for a raw payload field takes no
+    /// prefixes.
+    fn peers_type(&self) -> String {
+        let Self { family, .. } = self;
+        let source = match family {
+            Family::V4 => "ip saddr",
+            Family::V6 => "ip6 saddr",
+        };
+        format!("typeof {source} . {}; flags interval;", self.inner_source())
+    }
+
+    /// The transaction that puts the whole table in the place of any other; counters start at `counts`.
     pub fn replace(&self, counts: &[Count]) -> String {
         let mut text = String::with_capacity(1024 + self.peers.len() * 48);
+        let place = self.place();
         // "add" so that "delete" finds something; one transaction, so nothing is visible in between.
         let _ = writeln!(
             text,
-            "add table ip {TABLE}\ndelete table ip {TABLE}\ntable ip {TABLE} {{"
+            "add table {place}\ndelete table {place}\ntable {place} {{"
         );
         for counter in COUNTERS {
             let count = counts.iter().find(|count| count.name == counter.name);
@@ -136,7 +239,7 @@ impl Filter {
                 counter.name
             );
         }
-        let _ = writeln!(text, "set peers {{ {PEERS}");
+        let _ = writeln!(text, "set peers {{ {}", self.peers_type());
         if !self.peers.is_empty() {
             let _ = write!(text, "elements = {{ ");
             write_elements(&mut text, self.peers.iter().map(element));
@@ -153,9 +256,8 @@ impl Filter {
 
     fn chains(&self) -> [Chain; 3] {
         let Self {
+            family,
             public_ip,
-            port,
-            vni,
             device,
             subnet,
             ..
@@ -166,23 +268,59 @@ impl Filter {
             flags,
             wrong_vni,
             from_group,
-            not_ipv4,
+            not_ip,
+            other_tunnel,
             unknown,
             not_local,
         ] = COUNTERS.map(|counter| format!("counter name {} drop", counter.name));
-        let tunnel = vec![
-            format!("ip daddr != {public_ip} {other_address}"),
-            format!("udp length < 50 {too_short}"),
-            format!("@th,64,8 != 0x08 {flags}"),
-            format!("@th,96,24 != {vni} {wrong_vni}"),
-            format!("@th,183,1 1 {from_group}"),
-            format!("@th,224,16 != 0x0800 {not_ipv4}"),
-            "ip saddr . @th,336,32 @peers return".to_owned(),
-            unknown,
-        ];
-        let standby = vec![format!("udp dport {port} jump tunnel")];
+        let (ip, header, version, ether_type) = match family {
+            Family::V4 => ("ip", 20, "0x40", "0x0800"),
+            Family::V6 => ("ip6", 40, "0x60", "0x86dd"),
+        };
+        let inner = self.inner();
+        let shortest = inner / 8 + header;
+        let mut tunnel = Vec::new();
+        let standby = match self.tunnel {
+            Tunnel::Vxlan { port, vni, gbp } => {
+                let allowed = if gbp { "{ 0x08, 0x88 }" } else { "0x08" };
+                tunnel.extend([
+                    format!("{ip} daddr != {public_ip} {other_address}"),
+                    format!("udp length < {shortest} {too_short}"),
+                    format!("@th,64,8 != {allowed} {flags}"),
+                    format!("@th,96,24 != {vni} {wrong_vni}"),
+                    format!("@th,183,1 1 {from_group}"),
+                    format!("@th,224,16 != {ether_type} {not_ip}"),
+                ]);
+                vec![format!("udp dport {port} jump tunnel")]
+            }
+            // Another address of ours may be the end of somebody else's tunnel.
+            Tunnel::Ipip => {
+                tunnel.extend([
+                    format!("ip length < {} {too_short}", header + shortest),
+                    format!("@th,0,8 & 0xf0 != {version} {not_ip}"),
+                ]);
+                vec![format!("ip protocol 4 ip daddr {public_ip} jump tunnel")]
+            }
+            Tunnel::Udp { port } => {
+                tunnel.extend([
+                    format!("{ip} daddr != {public_ip} {other_address}"),
+                    format!("udp length < {shortest} {too_short}"),
+                    format!("@th,64,8 & 0xf0 != {version} {not_ip}"),
+                ]);
+                vec![
+                    format!("udp dport {port} jump tunnel"),
+                    // The device would take it without the UDP header, too.
+                    format!("ip protocol 4 ip daddr {public_ip} {other_tunnel}"),
+                ]
+            }
+        };
+        tunnel.push(format!(
+            "{ip} saddr . {} @peers return",
+            self.inner_source()
+        ));
+        tunnel.push(unknown);
         let decapsulated = vec![format!(
-            "iifname \"{device}\" ip daddr != {subnet} {not_local}"
+            "iifname \"{device}\" {ip} daddr != {subnet} {not_local}"
         )];
         let chain = |name, hook, rules| Chain { name, hook, rules };
         [
@@ -200,16 +338,18 @@ impl Filter {
         ]
     }
 
-    /// The first of the two transactions that lead from any state to this filter: counters and peers.
+    /// The first of the two transactions that lead from any state to this table: counters and peers.
     fn elements(&self, present: &Present) -> String {
-        let mut text = format!("add table ip {TABLE}\n");
+        let place = self.place();
+        let mut text = format!("add table {place}\n");
         for counter in COUNTERS {
-            let _ = writeln!(text, "add counter ip {TABLE} {}", counter.name);
+            let _ = writeln!(text, "add counter {place} {}", counter.name);
         }
-        let _ = writeln!(text, "add set ip {TABLE} peers {{ {PEERS} }}");
+        let _ = writeln!(text, "add set {place} peers {{ {} }}", self.peers_type());
         let wanted: BTreeSet<Element> = self.peers.iter().map(element).collect();
         write_changes(
             &mut text,
+            place,
             present.elements.difference(&wanted).copied(),
             wanted.difference(&present.elements).copied(),
         );
@@ -218,28 +358,29 @@ impl Filter {
 
     /// The second of them: the rules, and nothing of anybody else's.
     fn rules(&self, present: &Present) -> String {
+        let place = self.place();
         let mut text = String::new();
         for Chain { name, hook, rules } in self.chains() {
             let hook = hook.map_or(String::new(), |hook| format!(" {{ {hook} }}"));
-            let _ = writeln!(text, "add chain ip {TABLE} {name}{hook}");
-            let _ = writeln!(text, "flush chain ip {TABLE} {name}");
+            let _ = writeln!(text, "add chain {place} {name}{hook}");
+            let _ = writeln!(text, "flush chain {place} {name}");
             for rule in rules {
-                let _ = writeln!(text, "add rule ip {TABLE} {name} {rule}");
+                let _ = writeln!(text, "add rule {place} {name} {rule}");
             }
         }
         // Chains refer to each other and to sets, so all of them are emptied first.
         let chains = || present.foreign.iter().filter(|(kind, _)| kind == "chain");
         for (_, name) in chains() {
-            let _ = writeln!(text, "flush chain ip {TABLE} {name}");
+            let _ = writeln!(text, "flush chain {place} {name}");
         }
         let others = present.foreign.iter().filter(|(kind, _)| kind != "chain");
         for (kind, name) in chains().chain(others) {
-            let _ = writeln!(text, "delete {kind} ip {TABLE} {name}");
+            let _ = writeln!(text, "delete {kind} {place} {name}");
         }
         text
     }
 
-    /// The transaction that leads from `before` to this filter, if only the peers differ.
+    /// The transaction that leads from `before` to this table, if only the peers differ.
     pub fn update(&self, before: &Self) -> Option<String> {
         let same = Self {
             peers: BTreeSet::new(),
@@ -254,6 +395,7 @@ impl Filter {
         let mut text = String::new();
         write_changes(
             &mut text,
+            self.place(),
             before.peers.difference(&self.peers).map(element),
             self.peers.difference(&before.peers).map(element),
         );
@@ -261,29 +403,29 @@ impl Filter {
     }
 }
 
-/// The set of peers: outer source, and first and last inner source as numbers, for a raw payload field takes no
-/// prefixes. Offsets are in bits from the start of the UDP header: UDP 8, VXLAN 8, Ethernet 14 bytes, then the inner
-/// IPv4 header with its source at 12.
-const PEERS: &str = "typeof ip saddr . @th,336,32; flags interval;";
+/// Outer source, first and last inner source.
+type Element = (IpAddr, u128, u128);
 
-type Element = (Ipv4Addr, u32, u32);
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => u128::from(address.to_bits()),
+        IpAddr::V6(address) => address.to_bits(),
+    }
+}
 
-fn element((outer, subnet): &(Ipv4Addr, Ipv4Net)) -> Element {
-    (
-        *outer,
-        subnet.network().to_bits(),
-        subnet.broadcast().to_bits(),
-    )
+fn element((outer, subnet): &(IpAddr, IpNet)) -> Element {
+    (*outer, number(subnet.network()), number(subnet.broadcast()))
 }
 
 fn write_changes(
     text: &mut String,
+    place: &str,
     stale: impl Iterator<Item = Element>,
     missing: impl Iterator<Item = Element>,
 ) {
     let mut write = |verb, elements: Vec<Element>| {
         if !elements.is_empty() {
-            let _ = write!(text, "{verb} element ip {TABLE} peers {{ ");
+            let _ = write!(text, "{verb} element {place} peers {{ ");
             write_elements(text, elements.into_iter());
             let _ = writeln!(text, " }}");
         }
@@ -295,7 +437,11 @@ fn write_changes(
 fn write_elements(text: &mut String, elements: impl Iterator<Item = Element>) {
     for (index, (outer, first, last)) in elements.enumerate() {
         let separator = if index == 0 { "" } else { ", " };
-        let _ = write!(text, "{separator}{outer} . {first:#010x}-{last:#010x}");
+        let width = if outer.is_ipv4() { 10 } else { 34 };
+        let _ = write!(
+            text,
+            "{separator}{outer} . {first:#0width$x}-{last:#0width$x}"
+        );
     }
 }
 
@@ -317,8 +463,8 @@ struct Present {
 
 impl Present {
     /// Looks; `None` when there is something that cannot be understood.
-    fn read() -> Option<Self> {
-        let output = nft(&["-j", "list", "table", "ip", TABLE], "").ok()?;
+    fn read(family: Family) -> Option<Self> {
+        let output = nft(&list(family, &["-j"]), "").ok()?;
         if output.status.success() {
             Self::parse(&serde_json::from_slice(&output.stdout).ok()?)
         } else {
@@ -345,7 +491,7 @@ impl Present {
                     let elements = content["elem"].as_array();
                     for element in elements.map(Vec::as_slice).unwrap_or_default() {
                         let fields = &element["concat"];
-                        let bound = |index| u32::try_from(fields[1]["range"][index].as_u64()?).ok();
+                        let bound = |index: usize| bound(&fields[1]["range"][index]);
                         let outer = fields[0].as_str()?.parse().ok()?;
                         present.elements.insert((outer, bound(0)?, bound(1)?));
                     }
@@ -354,6 +500,23 @@ impl Present {
         }
         Some(present)
     }
+}
+
+/// Reads a number, which nft writes as text where it does not fit 64 bits.
+fn bound(value: &serde_json::Value) -> Option<u128> {
+    match value.as_u64() {
+        Some(number) => Some(number.into()),
+        None => u128::from_str_radix(value.as_str()?.strip_prefix("0x")?, 16).ok(),
+    }
+}
+
+/// The arguments that list the table of a family.
+fn list(family: Family, options: &[&'static str]) -> Vec<&'static str> {
+    let family = match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    };
+    [options, &["list", "table", family, TABLE]].concat()
 }
 
 /// A counter's value.
@@ -422,9 +585,28 @@ fn run(arguments: &[&str], input: &str) -> Result<String, FilterError> {
     ))
 }
 
-/// The counters, if the filter is there.
+/// The counters of both families' tables together, if one of them is there.
 pub fn counts() -> Result<Option<Vec<Count>>, FilterError> {
-    let output = nft(&["-j", "list", "counters", "table", "ip", TABLE], "")?;
+    let mut sums: Option<Vec<Count>> = None;
+    for family in Family::ALL {
+        for count in counts_of(family)?.unwrap_or_default() {
+            let sums = sums.get_or_insert_default();
+            match sums.iter_mut().find(|sum| sum.name == count.name) {
+                Some(sum) => {
+                    sum.packets = sum.packets.saturating_add(count.packets);
+                    sum.bytes = sum.bytes.saturating_add(count.bytes);
+                }
+                None => sums.push(count),
+            }
+        }
+    }
+    Ok(sums)
+}
+
+/// The counters of one family's table, if it is there.
+pub fn counts_of(family: Family) -> Result<Option<Vec<Count>>, FilterError> {
+    let listing = list(family, &[]);
+    let output = nft(&[&["-j", "list", "counters"], &listing[1..]].concat(), "")?;
     if !output.status.success() {
         return Ok(None);
     }
@@ -447,20 +629,33 @@ pub fn counts() -> Result<Option<Vec<Count>>, FilterError> {
     Ok(if found.is_empty() { None } else { Some(found) })
 }
 
-/// Removes the filter; whether there was one.
-pub fn remove() -> Result<bool, FilterError> {
-    let present = nft(&["-t", "list", "table", "ip", TABLE], "")?
-        .status
-        .success();
+/// Removes the table of one family; whether there was one.
+fn remove_table(family: Family) -> Result<bool, FilterError> {
+    let present = nft(&list(family, &["-t"]), "")?.status.success();
     if present {
-        run(&["delete", "table", "ip", TABLE], "")?;
+        run(&["-f", "-"], &format!("delete table {}\n", place(family)))?;
     }
     Ok(present)
 }
 
-/// What the filter looks like apart from its elements and counts, to see whether someone changed it.
-fn listing() -> Result<String, FilterError> {
-    run(&["-t", "-s", "list", "table", "ip", TABLE], "")
+/// Removes the filter; whether there was one.
+pub fn remove() -> Result<bool, FilterError> {
+    let mut present = false;
+    for family in Family::ALL {
+        present |= remove_table(family)?;
+    }
+    Ok(present)
+}
+
+/// What the tables look like apart from their elements and counts, to see whether someone changed them.
+fn listing(filter: &Filter) -> Result<String, FilterError> {
+    let mut text = String::new();
+    for (family, table) in filter.tables.iter() {
+        if table.is_some() {
+            text += &run(&list(family, &["-t", "-s"]), "")?;
+        }
+    }
+    Ok(text)
 }
 
 /// Keeps the filter in force, on a thread of its own: a transaction of many elements takes a good part of a second,
@@ -566,7 +761,7 @@ fn keep(shared: &Shared) {
         };
         if let (Some(current), true) = (&loaded, checked.elapsed() >= RECHECK) {
             checked = Instant::now();
-            if listing().ok().as_ref() != Some(&current.listing) {
+            if listing(&current.filter).ok().as_ref() != Some(&current.listing) {
                 tracing::warn!("the peer filter was changed by another program, setting it again");
                 loaded = None;
             }
@@ -633,28 +828,26 @@ fn drain(monitor: &mut RulesetMonitor, expected: usize) -> Option<bool> {
 fn load(wanted: Filter, before: Option<&Loaded>) -> Result<(Loaded, usize), FilterError> {
     let start = Instant::now();
     let mut transactions = 0;
-    let mut commit = |text: &str| {
-        run(&["-f", "-"], text)?;
-        transactions += 1;
-        Ok::<_, FilterError>(())
-    };
-    let update = before.and_then(|before| wanted.update(&before.filter));
-    // An update fails where another program has taken an element.
-    let updated = update.is_some_and(|update| commit(&update).is_ok());
-    if !updated {
-        let in_two_steps = Present::read().is_some_and(|present| {
-            commit(&wanted.elements(&present)).is_ok() && commit(&wanted.rules(&present)).is_ok()
-        });
-        // Something of another kind stands under one of our names: away with all of it.
-        if !in_two_steps {
-            let counts = counts().ok().flatten().unwrap_or_default();
-            commit(&wanted.replace(&counts))?;
+    let mut whole = false;
+    for (family, table) in wanted.tables.iter() {
+        match table {
+            Some(table) => {
+                let before = before.and_then(|before| before.filter.table(family));
+                whole |= !load_table(table, before, &mut transactions)?;
+            }
+            // Known to be away, or another backend's.
+            None if before.is_some_and(|before| before.filter.table(family).is_none()) => {}
+            None => transactions += usize::from(remove_table(family)?),
         }
     }
-    let listing = listing()?;
+    let listing = listing(&wanted)?;
     tracing::info!(
-        peers = wanted.peers.len(),
-        whole = !updated,
+        peers = wanted
+            .tables
+            .iter()
+            .filter_map(|(_, table)| Some(table.as_ref()?.peers.len()))
+            .sum::<usize>(),
+        whole,
         took_ms = start.elapsed().as_millis(),
         "peer filter set"
     );
@@ -663,6 +856,36 @@ fn load(wanted: Filter, before: Option<&Loaded>) -> Result<(Loaded, usize), Filt
         listing,
     };
     Ok((loaded, transactions))
+}
+
+/// Puts one table into force; whether changing its elements was enough.
+fn load_table(
+    wanted: &Table,
+    before: Option<&Table>,
+    transactions: &mut usize,
+) -> Result<bool, FilterError> {
+    let mut commit = |text: &str| {
+        // Nothing to change: the kernel would announce nothing, either.
+        if !text.is_empty() {
+            run(&["-f", "-"], text)?;
+            *transactions += 1;
+        }
+        Ok::<_, FilterError>(())
+    };
+    let update = before.and_then(|before| wanted.update(before));
+    // An update fails where another program has taken an element.
+    if update.is_some_and(|update| commit(&update).is_ok()) {
+        return Ok(true);
+    }
+    let in_two_steps = Present::read(wanted.family).is_some_and(|present| {
+        commit(&wanted.elements(&present)).is_ok() && commit(&wanted.rules(&present)).is_ok()
+    });
+    // Something of another kind stands under one of our names: away with all of it.
+    if !in_two_steps {
+        let counts = counts_of(wanted.family).ok().flatten().unwrap_or_default();
+        commit(&wanted.replace(&counts))?;
+    }
+    Ok(false)
 }
 
 fn report(shared: &Shared, problem: Option<String>) {
@@ -680,11 +903,15 @@ fn report(shared: &Shared, problem: Option<String>) {
 mod tests {
     use super::*;
 
-    fn filter(peers: &[(&str, &str)]) -> Filter {
-        Filter {
-            public_ip: Ipv4Addr::new(10, 199, 0, 1),
-            port: 8472,
-            vni: 1,
+    fn filter(peers: &[(&str, &str)]) -> Table {
+        Table {
+            family: Family::V4,
+            public_ip: "10.199.0.1".parse().unwrap(),
+            tunnel: Tunnel::Vxlan {
+                port: 8472,
+                vni: 1,
+                gbp: false,
+            },
             device: "flannel.1".to_owned(),
             subnet: "10.244.1.0/24".parse().unwrap(),
             peers: peers
@@ -711,7 +938,7 @@ mod tests {
         );
         assert_eq!(after.update(&after).unwrap(), "");
         let mut other = after.clone();
-        other.vni = 2;
+        other.tunnel = Tunnel::Ipip;
         assert_eq!(other.update(&after), None);
     }
 
@@ -778,5 +1005,78 @@ mod tests {
             assert!(text.contains(part), "{part:?} is not in {text}");
         }
         assert!(!filter(&[]).replace(&[]).contains("elements"));
+    }
+
+    #[test]
+    fn every_backend_has_its_checks() {
+        let table = |tunnel| Table {
+            tunnel,
+            ..filter(&[("10.199.0.2", "10.244.2.0/24")])
+        };
+        let gbp = Tunnel::Vxlan {
+            port: 4789,
+            vni: 7,
+            gbp: true,
+        };
+        let six = Table {
+            family: Family::V6,
+            public_ip: "fd00:199::1".parse().unwrap(),
+            device: "flannel-v6.1".to_owned(),
+            subnet: "fd00:10:244:1::/64".parse().unwrap(),
+            peers: [(
+                "fd00:199::2".parse().unwrap(),
+                "fd00:10:244:2::/64".parse().unwrap(),
+            )]
+            .into(),
+            ..filter(&[])
+        };
+        let cases: [(Table, &[&str]); 4] = [
+            (
+                table(gbp),
+                &[
+                    "udp dport 4789",
+                    "@th,64,8 != { 0x08, 0x88 }",
+                    "@th,96,24 != 7",
+                ],
+            ),
+            (
+                table(Tunnel::Ipip),
+                &[
+                    "ip protocol 4 ip daddr 10.199.0.1 jump tunnel",
+                    "ip length < 40",
+                    "@th,0,8 & 0xf0 != 0x40",
+                    "ip saddr . @th,96,32 @peers return",
+                    "elements = { 10.199.0.2 . 0x0af40200-0x0af402ff }",
+                ],
+            ),
+            (
+                table(Tunnel::Udp { port: 8285 }),
+                &[
+                    "udp dport 8285 jump tunnel",
+                    "udp length < 28",
+                    "@th,64,8 & 0xf0 != 0x40",
+                    "ip saddr . @th,160,32 @peers return",
+                    "ip protocol 4 ip daddr 10.199.0.1 counter name standby_other_tunnel drop",
+                ],
+            ),
+            (
+                six,
+                &[
+                    "delete table ip6 ripstop",
+                    "ip6 daddr != fd00:199::1",
+                    "udp length < 70",
+                    "@th,224,16 != 0x86dd",
+                    "ip6 saddr . @th,304,128 @peers return",
+                    "fd00:199::2 . 0xfd000010024400020000000000000000-0xfd00001002440002ffffffffffffffff",
+                    "iifname \"flannel-v6.1\" ip6 daddr != fd00:10:244:1::/64",
+                ],
+            ),
+        ];
+        for (table, parts) in cases {
+            let text = table.replace(&[]);
+            for part in parts {
+                assert!(text.contains(part), "{part:?} is not in {text}");
+            }
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! What the control plane says about itself to the operator's CLI: `<run-dir>/controlplane.json`.
 
-use core::net::Ipv4Addr;
+use core::net::IpAddr;
 use std::io;
 use std::path::Path;
 
@@ -17,14 +17,32 @@ pub struct State {
     pub node: String,
     /// Where leases come from.
     pub lease_source: String,
-    /// The standby device.
-    pub standby_device: String,
+    /// How packets reach other nodes, as `net-conf.json` calls it.
+    #[serde(default)]
+    pub backend: String,
+    /// The standby's tunnel devices.
+    #[serde(default)]
+    pub standby_devices: Vec<String>,
+    /// The UDP port that the kernel takes `udp` backend packets from, if it does.
+    #[serde(default)]
+    pub fou_port: Option<u16>,
+    /// The families whose tunnel packets are filtered.
+    #[serde(default)]
+    pub filtered: Vec<String>,
     /// The underlay interface, if one was found.
     pub underlay: Option<String>,
-    /// Our outer address.
-    pub public_ip: Option<Ipv4Addr>,
-    /// MTU of the pods.
+    /// The interfaces that workers send by, with their NICs.
+    #[serde(default)]
+    pub uplinks: Vec<String>,
+    /// Our outer addresses.
+    #[serde(default)]
+    pub public_ips: Vec<IpAddr>,
+    /// MTU of the pods in IPv4.
+    #[serde(default)]
     pub pod_mtu: Option<u32>,
+    /// MTU of the pods in IPv6.
+    #[serde(default)]
+    pub pod_mtu6: Option<u32>,
     /// Our routing table.
     pub table: u32,
     /// Peers that workers cannot send to, and why, for the first few.

@@ -16,8 +16,8 @@ fn the_examples_fit_together() {
     let conf = NetConf::load(&config("net-conf.json")).unwrap();
     let bytes = std::fs::read(config("leases.json")).unwrap();
     for node in ["n1", "n2", "n3"] {
-        let leases = file::parse(&bytes, node, conf.network).unwrap();
-        assert_eq!(leases.own.node, node);
+        let leases = file::parse(&bytes, node, &conf).unwrap();
+        assert_eq!(&*leases.own.v4.as_ref().unwrap().node, node);
         assert_eq!(leases.peers.len(), 2);
     }
 }

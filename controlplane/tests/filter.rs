@@ -14,7 +14,8 @@ use std::collections::BTreeSet;
 use std::net::UdpSocket;
 use std::time::Instant;
 
-use common::{Namespace, eventually, leases, netconf, underlay};
+use common::{Namespace, conf, dual, eventually, ip, leases, leases_dual, netconf, underlay};
+use ripstop_controlplane::family::Family;
 use ripstop_controlplane::netlink::Netlink;
 use ripstop_controlplane::rules::{self, Filter, FilterKeeper};
 use ripstop_controlplane::standby::{self, Desired};
@@ -104,7 +105,14 @@ fn lab() -> Lab {
     for n in [2, 3, 99] {
         outside.ip(&format!("addr add 10.199.0.{n}/24 dev peer0"));
     }
-    let desired = Desired::new(&leases(1, &[2, 3]), &netconf(), &underlay(&node, 1));
+    let desired = Desired::new(
+        Family::V4,
+        &leases(1, &[2, 3]),
+        &netconf(),
+        &underlay(&node, 1),
+        |_| None,
+    )
+    .unwrap();
     let receiver = node.enter(|| {
         standby::reconcile(&mut Netlink::open().unwrap(), &desired, Duration::MAX).unwrap();
         let receiver = UdpSocket::bind(("0.0.0.0", PORT)).unwrap();
@@ -135,7 +143,8 @@ fn count(node: &Namespace, name: &str) -> u64 {
 fn keeper(lab: &Lab, filter: &Filter) -> FilterKeeper {
     let keeper = lab.node.enter(|| FilterKeeper::start().unwrap());
     keeper.set(filter.clone());
-    wait_for_elements(&lab.node, filter.peers.len());
+    let table = filter.tables.v4.as_ref().unwrap();
+    wait_for_elements(&lab.node, table.peers.len());
     keeper
 }
 
@@ -335,16 +344,17 @@ fn only_peers_get_into_the_kernels_tunnel() {
 fn fifteen_thousand_peers_are_loaded_and_changed() {
     let lab = lab();
     let mut filter = Filter::new(&leases(1, &[]), &netconf());
-    filter.peers = (0..15_000u32)
+    filter.tables.v4.as_mut().unwrap().peers = (0..15_000u32)
         .map(|i| {
             let subnet = ipnet::Ipv4Net::new(Ipv4Addr::from(0x0a00_0000 + (i << 8)), 24).unwrap();
-            (Ipv4Addr::from(0xac10_0000 + i), subnet)
+            (Ipv4Addr::from(0xac10_0000 + i).into(), subnet.into())
         })
         .collect::<BTreeSet<_>>();
     let start = Instant::now();
     let keeper = keeper(&lab, &filter);
     println!("15,000 peers loaded and listed after {:?}", start.elapsed());
-    let removed = filter.peers.pop_first().unwrap();
+    let table = filter.tables.v4.as_mut().unwrap();
+    let removed = table.peers.pop_first().unwrap();
     let start = Instant::now();
     keeper.set(filter.clone());
     wait_for_elements(&lab.node, 14_999);

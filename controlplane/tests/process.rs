@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use common::{Namespace, Process, eventually, lease, lease_file};
+use common::{Namespace, Process, VXLAN, backend, dual, eventually, ip, lease, lease_file, lease6};
 use ripstop_controlplane::lease::Lease;
 use ripstop_fib::map::{self, DATAPLANE_LOCK, ProcessLock, open_fib};
 use ripstop_fib::stats::{Gauge, Mode, Polling, Stats, WorkerCounters, WorkerIdentity};
@@ -32,11 +32,11 @@ impl Node {
     fn new(own: u8) -> Self {
         let (namespace, outside) = Namespace::node(own);
         let directory = tempfile::tempdir().unwrap();
-        let conf = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
-        std::fs::write(directory.path().join("net-conf.json"), conf).unwrap();
+        std::fs::write(directory.path().join("net-conf.json"), VXLAN).unwrap();
         // The other nodes are addresses of the veth's far end.
         for n in [2, 3] {
             outside.ip(&format!("addr add 10.199.0.{n}/24 dev peer0"));
+            outside.ip(&format!("addr add fd00:199::{n}/64 dev peer0 nodad"));
         }
         Self {
             namespace,
@@ -176,6 +176,8 @@ fn work(run_dir: &Path, stop: &AtomicBool, stalled: &AtomicBool, accept_until: &
         polling: Polling::Adaptive,
         frames: 64,
         frame_size: 2048,
+        huge_pages: false,
+        numa_node: None,
     };
     stats.write_identity(0, &identity);
     stats.announce(1, 0);
@@ -570,13 +572,13 @@ fn bad_starts_say_why() {
     assert_eq!(wait_exit(process).0, 2);
     std::fs::write(
         node.directory.path().join("net-conf.json"),
-        r#"{"Network":"10.244.0.0/16"}"#,
+        backend(r#"{"Type":"wireguard"}"#),
     )
     .unwrap();
     let (code, log) = wait_exit(node.start());
     assert_eq!(code, 1);
     assert!(
-        log.contains("net-conf.json") && log.contains("\"udp\" is not implemented"),
+        log.contains("net-conf.json") && log.contains("\"wireguard\" is not implemented"),
         "{log}"
     );
     let conf = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -677,7 +679,7 @@ fn the_operator_sees_and_cleans_up() {
         "{text}"
     );
     assert!(
-        line("n2").contains("02:bb:00:00:00:01  resolved    worker"),
+        line("n2").contains("tunnel  02:bb:00:00:00:01  resolved    worker"),
         "{text}"
     );
     assert!(line("n3").contains("unresolved  standby"), "{text}");
@@ -773,11 +775,14 @@ fn fifteen_thousand_leases_take_effect() {
         .map(|i| {
             let [_, _, high, low] = i.to_be_bytes();
             Lease {
-                node: format!("node-{i:05}"),
-                public_ip: core::net::Ipv4Addr::from(0xac10_0000 + i),
+                node: format!("node-{i:05}").into(),
+                public_ip: core::net::Ipv4Addr::from(0xac10_0000 + i).into(),
                 subnet: ipnet::Ipv4Net::new(core::net::Ipv4Addr::from(0x0a00_0000 + (i << 8)), 24)
-                    .unwrap(),
-                vtep_mac: ripstop_controlplane::mac::Mac([2, 0x52, 0x54, 0, high, low]),
+                    .unwrap()
+                    .into(),
+                vtep_mac: Some(ripstop_controlplane::mac::Mac([
+                    2, 0x52, 0x54, 0, high, low,
+                ])),
             }
         })
         .collect();

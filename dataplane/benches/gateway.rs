@@ -14,22 +14,25 @@
 mod packets;
 
 use core::hint::black_box;
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
 use std::time::Instant;
 
 use af_xdp::{Umem, UmemOptions};
 use criterion::{BenchmarkId, Criterion, Throughput};
-use packets::{Inner, Tunnel, node};
+use packets::{Inner, Inner6, NIC, Outer, Tunnel, node};
 use ripstop_dataplane::forward;
 use ripstop_dataplane::memory::Random;
 use ripstop_dataplane::port::{Burst, Port, Transmitted};
 use ripstop_dataplane::table::Table;
-use ripstop_dataplane::verdict::{DropReason, FromHost, FromNic, HEADER_LEN};
+use ripstop_dataplane::verdict::{DropReason, FromHost, FromNic, HEADER_MAX};
 use ripstop_dataplane::worker::{Parts, Worker};
 use ripstop_fib::stats::{STATS_WORDS, Stats};
 use ripstop_fib::sync::{Ordering, words};
-use ripstop_fib::{Adjacency, ImageBuilder, Publisher, Reader, Region, Route, Word, publish};
+use ripstop_fib::{
+    Adjacency, Backend, Ethernet, ImageBuilder, Local, Publisher, Reader, Region, Route, Word,
+    publish,
+};
 
 const BURST: usize = 64;
 const LEASES: [usize; 4] = [10, 1_000, 15_000, 100_000];
@@ -63,25 +66,71 @@ fn lease(number: usize) -> (Ipv4Addr, Ipv4Addr) {
     )
 }
 
+/// The same in IPv6: a /64 of fd00::/16 for each.
+fn lease6(number: usize) -> (Ipv6Addr, Ipv6Addr) {
+    let number = u128::try_from(number).unwrap();
+    (
+        Ipv6Addr::from(0xfdff << 112 | 1 << 64 | number),
+        Ipv6Addr::from(0xfd00 << 112 | number << 64),
+    )
+}
+
+/// Our own subnets.
+const SUBNET: Ipv4Addr = Ipv4Addr::new(192, 168, 0, 0);
+const SUBNET6: Ipv6Addr = Ipv6Addr::new(0xfdee, 0, 0, 1, 0, 0, 0, 0);
+
 /// A table of so many leases, and our own beside them.
 fn table_words(leases: usize) -> Vec<Word> {
-    let us = node(1);
-    let mut builder = ImageBuilder::new(ripstop_fib::Node {
-        subnet: (Ipv4Addr::new(192, 168, 0, 0), 24),
-        ..us
+    backend_words(leases, Backend::Vxlan, false, None)
+}
+
+/// The same for any backend, with leases of one family.
+fn backend_words(leases: usize, backend: Backend, ipv6: bool, vlan: Option<u16>) -> Vec<Word> {
+    let mut us = node(1);
+    us.backend = backend;
+    us.direct = backend == Backend::HostGw;
+    us.nics[0].vlan = vlan.unwrap_or(0);
+    us.v4 = us.v4.map(|local| Local {
+        subnet: (SUBNET, 24),
+        ..local
     });
-    builder.route4(Ipv4Addr::new(192, 168, 0, 0), 24, Route::Local);
+    us.v6 = us.v6.map(|local| Local {
+        subnet: (SUBNET6, 64),
+        ..local
+    });
+    let mut builder = ImageBuilder::new(us);
+    let ethernet = Ethernet {
+        source: [2, 0, 0, 0, 0, 1],
+        destination: [2, 0, 0, 0, 0, 2],
+        vlan,
+    };
+    if ipv6 {
+        builder.route6(SUBNET6, 64, Route::Local);
+    } else {
+        builder.route4(SUBNET, 24, Route::Local);
+    }
     for number in 0..leases {
-        let (outer, subnet) = lease(number);
         let [a, b, c, d] = u32::try_from(number).unwrap().to_be_bytes();
-        let adjacency = Adjacency::vxlan4(
-            &us,
-            [2, 0, 0, 0, 0, 1],
-            [2, 0, 0, 0, 0, 2],
-            outer,
-            [2, 9, a, b, c, d],
-        );
-        let id = builder.adjacency(adjacency);
+        let mac = [2, 9, a, b, c, d];
+        if ipv6 {
+            let (outer, subnet) = lease6(number);
+            let id = builder.adjacency(match backend {
+                Backend::Vxlan => Adjacency::vxlan6(&us, ethernet, outer, mac),
+                Backend::HostGw | Backend::Alloc | Backend::Ipip | Backend::Udp => {
+                    Adjacency::direct6(ethernet)
+                }
+            });
+            builder.route6(subnet, 64, Route::Via(id));
+            builder.peer6(outer, subnet, 64);
+            continue;
+        }
+        let (outer, subnet) = lease(number);
+        let id = builder.adjacency(match backend {
+            Backend::Vxlan => Adjacency::vxlan4(&us, ethernet, outer, mac),
+            Backend::Ipip => Adjacency::ipip(&us, ethernet, outer),
+            Backend::Udp => Adjacency::udp(&us, ethernet, outer),
+            Backend::HostGw | Backend::Alloc => Adjacency::direct4(ethernet),
+        });
         builder.route4(subnet, 24, Route::Via(id));
         builder.peer4(outer, subnet, 24);
     }
@@ -151,12 +200,15 @@ fn tunnel_frames(leases: usize, active: usize, len: usize, count: usize) -> Vec<
 fn encapsulate_all<P: AsRef<[u8]>>(packets: &[P], table: &Table<'_>) {
     let warm = |all, packet: &P| all ^ forward::warm_from_host(packet.as_ref(), table);
     black_box(packets.iter().fold(0, warm));
-    for (packet, identification) in packets.iter().zip(0u16..) {
-        match forward::from_host(packet.as_ref(), table, identification) {
-            FromHost::Send(header) => drop(black_box(header)),
+    // A place for each packet's header, as in its frame.
+    let mut fronts = [[0; HEADER_MAX]; BURST];
+    for ((packet, front), identification) in packets.iter().zip(&mut fronts).zip(0u16..) {
+        match forward::from_host(packet.as_ref(), front, table, identification) {
+            FromHost::Send { push } => drop(black_box(push)),
             FromHost::Drop(reason) => panic!("a good packet was dropped: {}", reason.name()),
         }
     }
+    black_box(&fronts);
 }
 
 fn decapsulate_all<P: AsRef<[u8]>>(frames: &[P], table: &Table<'_>) {
@@ -174,7 +226,7 @@ fn lookups(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("lookup");
     for leases in LEASES {
         let image = table_words(leases);
-        let table = Table::attach(&image).unwrap();
+        let table = Table::attach(&image, NIC).unwrap();
         let addresses = lookup_addresses(leases, ACTIVE.min(leases), 4096);
         group.throughput(Throughput::Elements(addresses.len() as u64));
         group.bench_function(BenchmarkId::from_parameter(leases), |bencher| {
@@ -199,7 +251,7 @@ fn lookup_all(addresses: &[u32], table: &Table<'_>) {
 
 fn forwarding(criterion: &mut Criterion) {
     let image = table_words(15_000);
-    let table = Table::attach(&image).unwrap();
+    let table = Table::attach(&image, NIC).unwrap();
     for len in SIZES {
         let mut group = criterion.benchmark_group("forward");
         group.throughput(Throughput::Elements(BURST as u64));
@@ -271,7 +323,11 @@ struct Regions {
 
 impl Regions {
     fn with_leases(leases: usize) -> Self {
-        let image: Vec<u64> = table_words(leases)
+        Self::with_table(&table_words(leases))
+    }
+
+    fn with_table(table: &[Word]) -> Self {
+        let image: Vec<u64> = table
             .iter()
             .map(|word| word.load(Ordering::Relaxed))
             .collect();
@@ -306,12 +362,13 @@ impl Regions {
             host: Endless {
                 packets: host,
                 next: 0,
-                headroom: 2 * HEADER_LEN - 24,
+                headroom: HEADER_MAX.next_multiple_of(64) - 24,
             },
             reader: Reader::new(region, stats.worker_pin(0)),
             accepted: stats.accepted(),
             stats,
             index: 0,
+            ifindex: NIC,
             burst: BURST,
         })
     }
@@ -369,7 +426,7 @@ impl Series {
     fn row(&mut self, name: &str) -> String {
         let (low, middle, high) = spread(&mut self.cycles);
         let (_, nanoseconds, _) = spread(&mut self.nanoseconds);
-        format!("{name:<34} {nanoseconds:>8.1} ns {middle:>8.1} cycles   [{low:.1} .. {high:.1}]")
+        format!("{name:<42} {nanoseconds:>8.1} ns {middle:>8.1} cycles   [{low:.1} .. {high:.1}]")
     }
 
     fn median_cycles(&mut self) -> f64 {
@@ -399,16 +456,133 @@ fn tables() {
         model.trim_start_matches(['\t', ' ', ':'])
     );
     println!(
-        "per packet{:>36}   time-stamp counter   [lowest .. highest]",
+        "per packet{:>44}   time-stamp counter   [lowest .. highest]",
         ""
     );
     by_size();
+    by_backend();
     by_leases();
+}
+
+/// A backend in one family, with the packets that it handles.
+struct Case {
+    name: &'static str,
+    table: Vec<Word>,
+    packets: Vec<Vec<u8>>,
+    frames: Vec<Vec<u8>>,
+}
+
+impl Case {
+    fn new(name: &'static str, backend: Backend, ipv6: bool, vlan: Option<u16>) -> Self {
+        const LEN: usize = 64;
+        let numbers = destinations(15_000, ACTIVE, BURST);
+        let outer = |number: usize| Outer {
+            vlan,
+            source4: lease(number).0,
+            source6: lease6(number).0,
+            ..Outer::new(backend)
+        };
+        let inner = |number: usize, out: bool| {
+            let ports = (u16::try_from(number % 60_000).unwrap(), 80);
+            if ipv6 {
+                let theirs = Ipv6Addr::from(u128::from(lease6(number).1) + 7);
+                let ours = Ipv6Addr::from(u128::from(SUBNET6) + 5);
+                let (source, destination) = if out { (ours, theirs) } else { (theirs, ours) };
+                return Inner6 {
+                    source,
+                    destination,
+                    ports,
+                    payload: LEN - 48,
+                    ..Inner6::default()
+                }
+                .packet();
+            }
+            let theirs = Ipv4Addr::from(u32::from(lease(number).1) + 7).octets();
+            let ours = Ipv4Addr::from(u32::from(SUBNET) + 5).octets();
+            let (source, destination) = if out { (ours, theirs) } else { (theirs, ours) };
+            Inner {
+                source,
+                destination,
+                ports,
+                payload: LEN - 28,
+                ..Inner::default()
+            }
+            .packet()
+        };
+        Self {
+            name,
+            table: backend_words(15_000, backend, ipv6, vlan),
+            packets: numbers.iter().map(|number| inner(*number, true)).collect(),
+            frames: numbers
+                .iter()
+                .map(|number| outer(*number).frame(&inner(*number, false)))
+                .collect(),
+        }
+    }
+}
+
+fn by_backend() {
+    let cases = [
+        Case::new("vxlan IPv4", Backend::Vxlan, false, None),
+        Case::new("vxlan IPv4, tagged", Backend::Vxlan, false, Some(100)),
+        Case::new("vxlan IPv6", Backend::Vxlan, true, None),
+        Case::new("ipip", Backend::Ipip, false, None),
+        Case::new("udp", Backend::Udp, false, None),
+        Case::new("direct IPv4", Backend::HostGw, false, None),
+        Case::new("direct IPv6", Backend::HostGw, true, None),
+    ];
+    let tables: Vec<_> = cases
+        .iter()
+        .map(|case| Table::attach(&case.table, NIC).unwrap())
+        .collect();
+    let regions: Vec<_> = cases
+        .iter()
+        .map(|case| Regions::with_table(&case.table))
+        .collect();
+    println!("\nby backend, 64-byte packets, 15,000 leases of which {ACTIVE} are active");
+    for what in [
+        "forward alone, encap",
+        "forward alone, decap",
+        "whole worker, encap",
+        "whole worker, decap",
+    ] {
+        let mut drives: Vec<(String, Drive<'_>)> = Vec::new();
+        for ((case, table), regions) in cases.iter().zip(&tables).zip(&regions) {
+            let drive: Drive<'_> = match what {
+                "forward alone, encap" => Box::new(move || encapsulate_all(&case.packets, table)),
+                "forward alone, decap" => Box::new(move || decapsulate_all(&case.frames, table)),
+                "whole worker, encap" => {
+                    let mut worker = regions.worker(vec![], case.packets.clone());
+                    Box::new(move || {
+                        black_box(worker.turn());
+                    })
+                }
+                _ => {
+                    let mut worker = regions.worker(case.frames.clone(), vec![]);
+                    Box::new(move || {
+                        black_box(worker.turn());
+                    })
+                }
+            };
+            drives.push((format!("{what}, {}", case.name), drive));
+        }
+        let mut series: Vec<Series> = drives.iter().map(|_| Series::default()).collect();
+        for _ in 0..ROUNDS {
+            for (series, (_, run)) in series.iter_mut().zip(drives.iter_mut()) {
+                series.measure(BURST, 2000, run);
+            }
+        }
+        let base = series[0].median_cycles();
+        for ((name, _), series) in drives.iter().zip(&mut series) {
+            let ratio = series.median_cycles() / base;
+            println!("{}   {ratio:.2}x of vxlan IPv4", series.row(name));
+        }
+    }
 }
 
 fn by_size() {
     let image = table_words(15_000);
-    let table = Table::attach(&image).unwrap();
+    let table = Table::attach(&image, NIC).unwrap();
     let regions = Regions::with_leases(15_000);
     let inputs: Vec<_> = SIZES
         .iter()
@@ -520,7 +694,7 @@ fn by_leases() {
     let images: Vec<_> = LEASES.iter().map(|leases| table_words(*leases)).collect();
     let tables: Vec<_> = images
         .iter()
-        .map(|image| Table::attach(image).unwrap())
+        .map(|image| Table::attach(image, NIC).unwrap())
         .collect();
     for (title, uniform) in [
         ("1,000 of them active", false),

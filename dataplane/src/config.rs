@@ -45,6 +45,10 @@ pub struct WorkerConfig {
     pub host_door: HostDoor,
     /// Poll the NIC from the worker's own system calls, if set.
     pub busy_poll: Option<BusyPoll>,
+    /// How long the NIC's interrupts are put off, if that is to be changed.
+    pub napi_deferral: Option<NapiDeferral>,
+    /// Which CPUs get the queue's interrupt.
+    pub interrupt: Interrupt,
 }
 
 /// How frames get from the NIC into the UMEM.
@@ -242,6 +246,30 @@ pub struct BusyPoll {
     pub budget: u16,
 }
 
+/// How long the interrupts of a whole NIC are put off while it is polled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NapiDeferral {
+    /// How many interrupts in a row (`napi_defer_hard_irqs`).
+    pub hard_irqs: u32,
+    /// How long one of them (`gro_flush_timeout`, there in nanoseconds).
+    pub timeout_microseconds: u32,
+}
+
+/// Which CPUs get a queue's interrupt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Interrupt {
+    /// Those that get it already.
+    #[default]
+    Keep,
+    /// What the polling wants: the worker's CPU if it sleeps, the others if it never does.
+    Auto,
+    /// The worker's CPU: what the kernel does for the queue is done beside the worker.
+    WorkerCpu,
+    /// All CPUs but those of workers that never sleep.
+    OtherCpus,
+}
+
 /// Something wrong with the configuration, or with the host for it.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -351,6 +379,30 @@ pub enum ConfigError {
         /// A usual value.
         typical: u32,
     },
+    /// A value of the NAPI deferral is out of range.
+    #[error("{}: napiDeferral.{key}: {value} is not from 1 to {max}: use {typical}, or leave napiDeferral out", .file.display())]
+    NapiDeferral {
+        /// File.
+        file: PathBuf,
+        /// Key under `napiDeferral`.
+        key: &'static str,
+        /// The value.
+        value: u32,
+        /// The largest that makes sense.
+        max: u32,
+        /// A usual value.
+        typical: u32,
+    },
+    /// Two files want different things of one NIC.
+    #[error("{} and {}: napiDeferral differs, and NIC {nic} has only one: write the same into both, or into one of them", .first.display(), .second.display())]
+    DifferentDeferral {
+        /// One file.
+        first: PathBuf,
+        /// The other file.
+        second: PathBuf,
+        /// NIC of both.
+        nic: String,
+    },
     /// Two files are about one queue.
     #[error("{} and {}: both are for NIC {nic} queue {queue}: remove one or change its queue", .first.display(), .second.display())]
     DuplicateQueue {
@@ -431,6 +483,18 @@ pub enum ConfigError {
         /// Pages that exist, free or not.
         total: u64,
     },
+    /// Not enough huge pages are free on a NIC's NUMA node.
+    #[error("the workers of NICs on NUMA node {node} with hugePages take {need} huge pages of 2 MiB and {free} are free there: echo {} > {NODES}/node{node}/hugepages/hugepages-2048kB/nr_hugepages adds them, or set hugePages to false", total + need - free)]
+    HugePagesOfNode {
+        /// The node.
+        node: u32,
+        /// Pages that the workers take together.
+        need: u64,
+        /// Pages that are free.
+        free: u64,
+        /// Pages that exist, free or not.
+        total: u64,
+    },
     /// The process may not do what workers do.
     #[error(
         "this process lacks {missing}: run it as root or grant them (setcap, AmbientCapabilities=, securityContext)"
@@ -494,6 +558,19 @@ pub enum ConfigWarning {
         /// Queues without a worker.
         queues: Vec<u32>,
     },
+    /// A worker runs far from its NIC's memory.
+    FarCpu {
+        /// File.
+        file: PathBuf,
+        /// CPU.
+        cpu: u32,
+        /// NIC.
+        nic: String,
+        /// The NIC's NUMA node.
+        node: u32,
+        /// CPUs of that node, as ranges.
+        near: String,
+    },
     /// The NIC's longest packets do not fit a frame.
     LongPackets {
         /// File.
@@ -522,6 +599,17 @@ impl fmt::Display for ConfigWarning {
             Self::UncoveredQueues { nic, queues } => write!(
                 f,
                 "NIC {nic}: queues {queues:?} have no worker; the kernel carries their tunnel packets"
+            ),
+            Self::FarCpu {
+                file,
+                cpu,
+                nic,
+                node,
+                near,
+            } => write!(
+                f,
+                "{}: CPU {cpu} is on another NUMA node than NIC {nic}, so that every packet crosses between the two: use a CPU of node {node} ({near})",
+                file.display()
             ),
             Self::LongPackets {
                 file,
@@ -559,6 +647,9 @@ struct RawWorker {
     #[serde(default)]
     host_door: RawHostDoor,
     busy_poll: Option<RawBusyPoll>,
+    napi_deferral: Option<RawNapiDeferral>,
+    #[serde(default)]
+    interrupt: Interrupt,
 }
 
 #[derive(Deserialize)]
@@ -619,6 +710,13 @@ struct RawBusyPoll {
     budget: u32,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct RawNapiDeferral {
+    hard_irqs: u32,
+    timeout_microseconds: u32,
+}
+
 const fn default_burst() -> u32 {
     64
 }
@@ -655,6 +753,20 @@ pub fn load_dir(directory: &Path) -> Result<Vec<WorkerConfig>, ConfigErrors> {
                         second: worker.file.clone(),
                         nic: worker.nic.clone(),
                         queue: worker.queue,
+                    });
+                }
+                let differs = |other: &&WorkerConfig| {
+                    other.nic == worker.nic
+                        && other.napi_deferral.is_some()
+                        && other.napi_deferral != worker.napi_deferral
+                };
+                if worker.napi_deferral.is_some()
+                    && let Some(first) = workers.iter().find(differs)
+                {
+                    errors.push(ConfigError::DifferentDeferral {
+                        first: first.file.clone(),
+                        second: worker.file.clone(),
+                        nic: worker.nic.clone(),
                     });
                 }
                 workers.push(worker);
@@ -729,6 +841,9 @@ impl WorkerConfig {
         let busy_poll = raw
             .busy_poll
             .and_then(|raw| check_busy_poll(file, &raw, &mut errors));
+        let napi_deferral = raw
+            .napi_deferral
+            .and_then(|raw| check_napi_deferral(file, &raw, &mut errors));
         // What depends on several values is checked once each of them is good.
         let (Some(rings), Some(burst), Some(frame_size)) = (rings, burst, frame_size) else {
             return Err(ConfigErrors(errors));
@@ -766,6 +881,8 @@ impl WorkerConfig {
                 RawHostDoorKind::Tun => HostDoor::Tun,
             },
             busy_poll,
+            napi_deferral,
+            interrupt: raw.interrupt,
         };
         ConfigErrors::unless(errors, worker)
     }
@@ -829,6 +946,38 @@ fn check_busy_poll(
     })
 }
 
+fn check_napi_deferral(
+    file: &Path,
+    raw: &RawNapiDeferral,
+    errors: &mut Vec<ConfigError>,
+) -> Option<NapiDeferral> {
+    let mut check = |key, value, max, typical| {
+        let good = Some(value).filter(|value| (1..=max).contains(value));
+        if good.is_none() {
+            errors.push(ConfigError::NapiDeferral {
+                file: file.to_owned(),
+                key,
+                value,
+                max,
+                typical,
+            });
+        }
+        good
+    };
+    // A tenth of a second without an interrupt is a mistake in the unit.
+    let hard_irqs = check("hardIrqs", raw.hard_irqs, 1000, 2);
+    let timeout = check(
+        "timeoutMicroseconds",
+        raw.timeout_microseconds,
+        100_000,
+        200,
+    );
+    Some(NapiDeferral {
+        hard_irqs: hard_irqs?,
+        timeout_microseconds: timeout?,
+    })
+}
+
 /// What the machine offers to this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostFacts {
@@ -846,6 +995,26 @@ pub struct HostFacts {
     pub huge_pages_free: u64,
     /// Huge pages of 2 MiB that exist.
     pub huge_pages_total: u64,
+    /// The machine's NUMA nodes by number; a machine without them has one or none.
+    pub numa_nodes: BTreeMap<u32, NumaNode>,
+}
+
+/// What belongs to one NUMA node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NumaNode {
+    /// Its CPUs.
+    pub cpus: BTreeSet<u32>,
+    /// Huge pages of 2 MiB that are free.
+    pub huge_pages_free: u64,
+    /// Huge pages of 2 MiB that exist.
+    pub huge_pages_total: u64,
+}
+
+impl HostFacts {
+    /// The node that a NIC's memory should lie on, where that makes a difference.
+    pub fn node_of(&self, nic: &Nic) -> Option<u32> {
+        nic.numa_node.filter(|_| self.numa_nodes.len() > 1)
+    }
 }
 
 /// Why the machine could not be asked.
@@ -869,6 +1038,34 @@ pub enum HostError {
 const STATUS: &str = "/proc/thread-self/status";
 const LIMITS: &str = "/proc/thread-self/limits";
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+const NODES: &str = "/sys/devices/system/node";
+
+/// A count of huge pages; a kernel without them has none to offer.
+fn huge_pages(directory: &Path, name: &str) -> u64 {
+    let text = fs::read_to_string(directory.join(name)).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}
+
+/// The nodes that `directory` shows; a kernel without NUMA shows none.
+fn numa_nodes(directory: &Path) -> BTreeMap<u32, NumaNode> {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return BTreeMap::new();
+    };
+    let node = |entry: io::Result<fs::DirEntry>| {
+        let path = entry.ok()?.path();
+        let number = path.file_name()?.to_str()?.strip_prefix("node")?;
+        let pages = path.join("hugepages/hugepages-2048kB");
+        // A node of memory only has an empty list.
+        let cpus = fs::read_to_string(path.join("cpulist")).ok()?;
+        let node = NumaNode {
+            cpus: parse_cpu_list(cpus.trim()).unwrap_or_default(),
+            huge_pages_free: huge_pages(&pages, "free_hugepages"),
+            huge_pages_total: huge_pages(&pages, "nr_hugepages"),
+        };
+        Some((number.parse().ok()?, node))
+    };
+    entries.filter_map(node).collect()
+}
 
 impl HostFacts {
     /// Asks the machine; `nics` are the NICs to ask about, doubles allowed.
@@ -877,11 +1074,6 @@ impl HostFacts {
         let status = fs::read_to_string(STATUS).map_err(proc(STATUS, "the CPUs allowed"))?;
         let limits =
             fs::read_to_string(LIMITS).map_err(proc(LIMITS, "the limit of locked memory"))?;
-        let huge_pages = |name: &str| {
-            let text = fs::read_to_string(format!("{HUGE_PAGES}/{name}")).unwrap_or_default();
-            // A kernel without huge pages has none to offer.
-            text.trim().parse().unwrap_or(0)
-        };
         let mut found = BTreeMap::new();
         for name in nics {
             if found.contains_key(name) {
@@ -908,8 +1100,9 @@ impl HostFacts {
             capabilities: Capabilities::from_status(&status)
                 .ok_or_else(malformed)
                 .map_err(proc(STATUS, "the capabilities"))?,
-            huge_pages_free: huge_pages("free_hugepages"),
-            huge_pages_total: huge_pages("nr_hugepages"),
+            huge_pages_free: huge_pages(Path::new(HUGE_PAGES), "free_hugepages"),
+            huge_pages_total: huge_pages(Path::new(HUGE_PAGES), "nr_hugepages"),
+            numa_nodes: numa_nodes(Path::new(NODES)),
         })
     }
 }
@@ -926,7 +1119,7 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// A list such as `0-3,8`.
-fn parse_cpu_list(list: &str) -> Option<BTreeSet<u32>> {
+pub(crate) fn parse_cpu_list(list: &str) -> Option<BTreeSet<u32>> {
     let mut cpus = BTreeSet::new();
     for range in list.split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -935,7 +1128,7 @@ fn parse_cpu_list(list: &str) -> Option<BTreeSet<u32>> {
     Some(cpus)
 }
 
-fn format_cpu_list(cpus: &BTreeSet<u32>) -> String {
+pub(crate) fn format_cpu_list(cpus: &BTreeSet<u32>) -> String {
     let mut ranges: Vec<(u32, u32)> = Vec::new();
     for &cpu in cpus {
         match ranges.last_mut() {
@@ -1048,7 +1241,9 @@ pub fn check_host(workers: &[WorkerConfig], host: &HostFacts) -> Result<(), Conf
     let need: u64 = huge
         .map(|worker| worker.umem.bytes() / Umem::HUGE_PAGE_BYTES)
         .sum();
-    if need > host.huge_pages_free {
+    if need <= host.huge_pages_free {
+        check_nodes(workers, host, &mut errors);
+    } else {
         errors.push(ConfigError::HugePages {
             need,
             free: host.huge_pages_free,
@@ -1059,6 +1254,29 @@ pub fn check_host(workers: &[WorkerConfig], host: &HostFacts) -> Result<(), Conf
         errors.push(ConfigError::Capabilities { missing });
     }
     ConfigErrors::unless(errors, ())
+}
+
+/// Checks that there are huge pages on the nodes of the NICs. The kernel would take those of another node instead, which
+/// is what nobody asks for who sets huge pages aside.
+fn check_nodes(workers: &[WorkerConfig], host: &HostFacts, errors: &mut Vec<ConfigError>) {
+    let mut needs: BTreeMap<u32, u64> = BTreeMap::new();
+    for worker in workers.iter().filter(|worker| worker.umem.huge_pages) {
+        let nic = host.nics.get(&worker.nic);
+        if let Some(node) = nic.and_then(|nic| host.node_of(nic)) {
+            *needs.entry(node).or_default() += worker.umem.bytes() / Umem::HUGE_PAGE_BYTES;
+        }
+    }
+    for (node, need) in needs {
+        let facts = host.numa_nodes.get(&node).cloned().unwrap_or_default();
+        if need > facts.huge_pages_free {
+            errors.push(ConfigError::HugePagesOfNode {
+                node,
+                need,
+                free: facts.huge_pages_free,
+                total: facts.huge_pages_total,
+            });
+        }
+    }
 }
 
 fn check_nic(worker: &WorkerConfig, host: &HostFacts, errors: &mut Vec<ConfigError>) {
@@ -1106,6 +1324,19 @@ pub fn warnings(workers: &[WorkerConfig], host: &HostFacts) -> Vec<ConfigWarning
     for worker in workers {
         by_cpu.entry(worker.cpu).or_default().push(worker.polling);
         by_nic.entry(&worker.nic).or_default().insert(worker.queue);
+        let node = host.nics.get(&worker.nic).and_then(|nic| host.node_of(nic));
+        if let Some(node) = node
+            && let Some(facts) = host.numa_nodes.get(&node)
+            && !facts.cpus.contains(&worker.cpu)
+        {
+            warnings.push(ConfigWarning::FarCpu {
+                file: worker.file.clone(),
+                cpu: worker.cpu,
+                nic: worker.nic.clone(),
+                node,
+                near: format_cpu_list(&facts.cpus),
+            });
+        }
         let packet_bytes_max = worker.umem.frame_size.packet_bytes_max();
         // The Ethernet header is not part of the MTU.
         if let Some(nic) = host.nics.get(&worker.nic)
@@ -1157,6 +1388,29 @@ mod tests {
         for text in ["", "a", "1-", "0,,2"] {
             assert_eq!(parse_cpu_list(text), None, "{text:?}");
         }
+    }
+
+    #[test]
+    fn numa_nodes_are_read() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| {
+            let path = root.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        assert_eq!(numa_nodes(&root.path().join("none")), BTreeMap::new());
+        write("node0/cpulist", "0-1,4\n");
+        write("node0/hugepages/hugepages-2048kB/free_hugepages", "3\n");
+        write("node0/hugepages/hugepages-2048kB/nr_hugepages", "8\n");
+        write("node12/cpulist", "\n");
+        write("online", "0,12\n");
+        let first = NumaNode {
+            cpus: BTreeSet::from([0, 1, 4]),
+            huge_pages_free: 3,
+            huge_pages_total: 8,
+        };
+        let expected = BTreeMap::from([(0, first), (12, NumaNode::default())]);
+        assert_eq!(numa_nodes(root.path()), expected);
     }
 
     #[test]

@@ -2,35 +2,60 @@
 //!
 //! ```text
 //!   from the NIC    outer headers exact? ─► sender a peer? ─► inner source in its lease? ─► inner destination ours? ─► deliver
-//!   from the host   IPv4 and whole? ─► longest prefix ─► header template of the next hop ─► send
+//!   from the host   whole, and from our pods? ─► longest prefix ─► path of the flow ─► header template ─► send
 //! ```
 //!
 //! The encapsulations are leaves in `encap`; which one applies is decided here.
 
-use ripstop_fib::{Encap, Hop};
+use ripstop_fib::{AdjacencyId, Backend, Encap, Hop};
 
-use crate::encap::vxlan;
-use crate::table::Table;
-use crate::verdict::{DropReason, FromHost, FromNic};
-use crate::wire::{self, ETHERNET_LEN, IPV4_LEN};
+use crate::encap::{direct, ipip, udp, vxlan};
+use crate::flow;
+use crate::inner;
+use crate::table::{Number, Side, Table};
+use crate::verdict::{DropReason, FromHost, FromNic, Front};
+use crate::wire::{
+    self, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_VLAN, IPV4_LEN, IPV6_LEN,
+    VLAN_LEN,
+};
 
 /// Decides about a frame that the NIC received: Ethernet header first.
 #[inline]
 pub fn from_nic(frame: &[u8], table: &Table<'_>) -> FromNic {
-    match vxlan::decapsulate(frame, table) {
+    // The commonest case by itself: its code must not be paid for by what the others need.
+    let received = match frame.split_first_chunk::<ETHERNET_LEN>() {
+        Some((ethernet, packet))
+            if table.only_vxlan && wire::be16(ethernet, 12) == ETHERTYPE_IPV4 =>
+        {
+            vxlan::decapsulate4(packet, ETHERNET_LEN, table)
+        }
+        _ => received(frame, table),
+    };
+    match received {
         Ok(deliver) => deliver,
         Err(reason) => FromNic::Drop(reason),
     }
 }
 
-/// Decides about a packet that the kernel routed to the host door: IP header first.
+/// Decides about a packet that the kernel routed to the host door: IP header first. The outer header is written to the
+/// end of `front`, which may be written to in any case.
 ///
 /// `identification` becomes the outer header's; the caller counts it up, so that fragments made on the way are put
 /// together rightly (RFC 6864 section 4.3).
 #[inline]
-pub fn from_host(packet: &[u8], table: &Table<'_>, identification: u16) -> FromHost {
-    match encapsulated(packet, table, identification) {
-        Ok(header) => FromHost::Send(header),
+pub fn from_host(
+    packet: &[u8],
+    front: &mut Front,
+    table: &Table<'_>,
+    identification: u16,
+) -> FromHost {
+    let sent = match packet.first().map(|first| first >> 4) {
+        Some(4) => send4(packet, front, table, identification),
+        Some(6) => send6(packet, front, table),
+        _ => Err(DropReason::HostHeader),
+    };
+    match sent {
+        Ok(push) => FromHost::Send { push },
         Err(reason) => FromHost::Drop(reason),
     }
 }
@@ -39,10 +64,35 @@ pub fn from_host(packet: &[u8], table: &Table<'_>, identification: u16) -> FromH
 /// The value means nothing.
 #[inline]
 pub fn warm_from_nic(frame: &[u8], table: &Table<'_>) -> u64 {
-    let source = ETHERNET_LEN + 12;
-    match frame.get(source..source + 4) {
-        Some(source) => table.image.warm_peer4(wire::be32(source, 0)),
-        None => 0,
+    const SOURCE: usize = ETHERNET_LEN + 12;
+    match frame.get(SOURCE..SOURCE + 4) {
+        Some(source) if table.only_vxlan && frame[ETHERNET_LEN] >> 4 == 4 => {
+            table.image.warm_peer4(wire::be32(source, 0))
+        }
+        _ => warm_from_nic_otherwise(frame, table),
+    }
+}
+
+#[inline(never)]
+fn warm_from_nic_otherwise(frame: &[u8], table: &Table<'_>) -> u64 {
+    let at = match table.vlan {
+        0 => ETHERNET_LEN,
+        _ => ETHERNET_LEN + VLAN_LEN,
+    };
+    let packet = frame.get(at..).unwrap_or_default();
+    let direct = table.backend == Backend::HostGw;
+    match packet.first().map(|first| first >> 4) {
+        Some(4) => match packet.get(12..16).map(|source| wire::be32(source, 0)) {
+            Some(source) if direct => table.image.warm_route4(source),
+            Some(source) => table.image.warm_peer4(source),
+            None => 0,
+        },
+        Some(6) => match packet.get(8..24).map(|source| wire::be128(source, 0)) {
+            Some(source) if direct => table.image.warm_route6(source),
+            Some(source) => table.image.warm_peer6(source),
+            None => 0,
+        },
+        _ => 0,
     }
 }
 
@@ -50,54 +100,240 @@ pub fn warm_from_nic(frame: &[u8], table: &Table<'_>) -> u64 {
 #[inline]
 pub fn warm_from_host(packet: &[u8], table: &Table<'_>) -> u64 {
     match packet.get(16..20) {
-        Some(destination) => table.image.warm_route4(wire::be32(destination, 0)),
-        None => 0,
+        Some(destination) if packet[0] >> 4 == 4 => {
+            table.image.warm_route4(wire::be32(destination, 0))
+        }
+        _ => warm_from_host_otherwise(packet, table),
+    }
+}
+
+#[inline(never)]
+fn warm_from_host_otherwise(packet: &[u8], table: &Table<'_>) -> u64 {
+    match packet.get(24..40) {
+        Some(destination) if packet[0] >> 4 == 6 => {
+            table.image.warm_route6(wire::be128(destination, 0))
+        }
+        _ => 0,
+    }
+}
+
+/// Finds the IP header behind the Ethernet header, with a VLAN tag exactly if the underlay has one.
+#[inline(never)]
+fn received(frame: &[u8], table: &Table<'_>) -> Result<FromNic, DropReason> {
+    let (ethernet, rest) = frame
+        .split_first_chunk::<ETHERNET_LEN>()
+        .ok_or(DropReason::OuterTruncated)?;
+    let ether_type = wire::be16(ethernet, 12);
+    if table.vlan == 0 {
+        return received_ip(rest, ether_type, ETHERNET_LEN, table);
+    }
+    let (tag, packet) = rest
+        .split_first_chunk::<VLAN_LEN>()
+        .ok_or(DropReason::OuterTruncated)?;
+    if ether_type != ETHERTYPE_VLAN || wire::be16(tag, 0) & 0x0fff != table.vlan {
+        return Err(DropReason::OuterHeader);
+    }
+    received_ip(packet, wire::be16(tag, 2), ETHERNET_LEN + VLAN_LEN, table)
+}
+
+/// Decides about a packet that begins `at` bytes inside its frame.
+#[inline]
+fn received_ip(
+    packet: &[u8],
+    ether_type: u16,
+    at: usize,
+    table: &Table<'_>,
+) -> Result<FromNic, DropReason> {
+    match ether_type {
+        ETHERTYPE_IPV4 => {
+            let ip = packet
+                .first_chunk::<IPV4_LEN>()
+                .ok_or(DropReason::OuterTruncated)?;
+            if direct::is_for_us4(ip, table) {
+                return direct::receive4(packet, at, table);
+            }
+            match table.backend {
+                Backend::Vxlan => vxlan::decapsulate4(packet, at, table),
+                Backend::Ipip => ipip::decapsulate(packet, at, table),
+                Backend::Udp => udp::decapsulate(packet, at, table),
+                Backend::HostGw | Backend::Alloc => Err(DropReason::OuterDestination),
+            }
+        }
+        ETHERTYPE_IPV6 => {
+            let ip = packet
+                .first_chunk::<IPV6_LEN>()
+                .ok_or(DropReason::OuterTruncated)?;
+            if ip[0] >> 4 != 6 {
+                return Err(DropReason::OuterHeader);
+            }
+            if direct::is_for_us6(ip, table) {
+                return direct::receive6(packet, at, table);
+            }
+            match table.backend {
+                Backend::Vxlan => vxlan::decapsulate6(packet, at, table),
+                Backend::Ipip | Backend::Udp | Backend::HostGw | Backend::Alloc => {
+                    Err(DropReason::OuterDestination)
+                }
+            }
+        }
+        _ => Err(DropReason::OuterHeader),
     }
 }
 
 #[inline]
-fn encapsulated(
+fn send4(
     packet: &[u8],
+    front: &mut Front,
     table: &Table<'_>,
     identification: u16,
-) -> Result<[u8; 64], DropReason> {
-    let ip = inner_header(packet)?;
-    if packet.len() > usize::from(table.pod_mtu) {
-        return Err(DropReason::TooBig);
+) -> Result<usize, DropReason> {
+    let ip = header4(packet)?;
+    fits(packet, &table.v4)?;
+    if inner::is_unusual4(ip) {
+        inner::refuse4(packet, ip)?;
     }
+    let source = wire::be32(ip, 12);
     match table.image.lookup4(wire::be32(ip, 16)) {
-        Hop::Via(Encap::Vxlan4, adjacency) => {
-            let template = table
-                .image
-                .template(adjacency)
-                .ok_or(DropReason::TableDamaged)?;
-            Ok(vxlan::encapsulate(
+        Hop::Via(Encap::Vxlan4, id) if table.v4.is_local(source) => {
+            let template = table.image.template(id).ok_or(DropReason::TableDamaged)?;
+            let hash = flow::hash4(packet, ip, table.flow_seed);
+            Ok(vxlan::encapsulate4(
                 &template,
                 packet,
                 ip,
-                table.flow_seed,
+                table,
+                hash,
                 identification,
+                front,
             ))
         }
+        hop => send4_otherwise(hop, packet, ip, front, table, identification),
+    }
+}
+
+/// All cases but the commonest: its code must not be paid for by what these need.
+#[inline(never)]
+fn send4_otherwise(
+    hop: Hop,
+    packet: &[u8],
+    ip: &[u8; IPV4_LEN],
+    front: &mut Front,
+    table: &Table<'_>,
+    identification: u16,
+) -> Result<usize, DropReason> {
+    let hash = || flow::hash4(packet, ip, table.flow_seed);
+    let (encap, id) = path(hop, hash, table)?;
+    may_send(&table.v4, wire::be32(ip, 12), encap)?;
+    let short = || table.image.template(id).ok_or(DropReason::TableDamaged);
+    Ok(match encap {
+        Encap::Vxlan4 => {
+            vxlan::encapsulate4(&short()?, packet, ip, table, hash(), identification, front)
+        }
+        Encap::Vxlan4Tagged => {
+            let template = long(table, id)?;
+            vxlan::encapsulate4_tagged(template, packet, ip, table, hash(), identification, front)
+        }
+        Encap::Ipip => ipip::encapsulate(&short()?, packet, ip, table, identification, front),
+        Encap::Udp => udp::encapsulate(&short()?, packet, ip, table, identification, front),
+        Encap::Direct => direct::encapsulate(&short()?, front),
+        Encap::Vxlan6 => return Err(DropReason::TableDamaged),
+    })
+}
+
+#[inline(never)]
+fn send6(packet: &[u8], front: &mut Front, table: &Table<'_>) -> Result<usize, DropReason> {
+    let ip = header6(packet)?;
+    fits(packet, &table.v6)?;
+    if inner::is_unusual6(ip) {
+        inner::refuse6(packet, ip)?;
+    }
+    let hash = || flow::hash6(packet, ip, table.flow_seed);
+    let (encap, id) = path(table.image.lookup6(wire::be128(ip, 24)), hash, table)?;
+    let source = wire::be128(ip, 8);
+    may_send(&table.v6, source, encap)?;
+    Ok(match encap {
+        Encap::Vxlan6 => vxlan::encapsulate6(long(table, id)?, packet, ip, table, hash(), front),
+        Encap::Direct => {
+            let template = table.image.template(id);
+            direct::encapsulate(&template.ok_or(DropReason::TableDamaged)?, front)
+        }
+        Encap::Vxlan4 | Encap::Vxlan4Tagged | Encap::Ipip | Encap::Udp => {
+            return Err(DropReason::TableDamaged);
+        }
+    })
+}
+
+#[inline]
+fn long(table: &Table<'_>, id: AdjacencyId) -> Result<(usize, [u64; 12]), DropReason> {
+    table
+        .image
+        .long_template(id)
+        .filter(|(push, _)| *push <= ripstop_fib::HEADER_MAX)
+        .ok_or(DropReason::TableDamaged)
+}
+
+/// Chooses among the paths of a flow, where there are several.
+#[inline]
+fn path(
+    hop: Hop,
+    hash: impl Fn() -> u64,
+    table: &Table<'_>,
+) -> Result<(Encap, AdjacencyId), DropReason> {
+    let hop = match (hop, table.uplink) {
+        (Hop::Paths(id), Some(uplink)) => table.image.path(id, uplink, flow::path_bits(hash())),
+        (Hop::Paths(_), None) => Hop::Unresolved,
+        (hop, _) => hop,
+    };
+    match hop {
+        Hop::Via(encap, id) => Ok((encap, id)),
         Hop::Local => Err(DropReason::LocalDestination),
-        Hop::Unresolved => Err(DropReason::Unresolved),
+        Hop::Unresolved | Hop::Paths(_) => Err(DropReason::Unresolved),
         Hop::None => Err(DropReason::NoRoute),
+    }
+}
+
+/// Pods send from this node's lease; the node itself, where there is no tunnel, from its own address, too.
+#[inline]
+fn may_send<A: Number>(side: &Side<A>, source: A, encap: Encap) -> Result<(), DropReason> {
+    if side.is_local(source) || encap == Encap::Direct && source == side.address {
+        Ok(())
+    } else {
+        Err(DropReason::SourceNotLocal)
+    }
+}
+
+#[inline]
+fn fits<A>(packet: &[u8], side: &Side<A>) -> Result<(), DropReason> {
+    if packet.len() <= usize::from(side.pod_mtu) {
+        Ok(())
+    } else if side.pod_mtu == 0 {
+        Err(DropReason::HostNotIpv4)
+    } else {
+        Err(DropReason::TooBig)
     }
 }
 
 /// The IPv4 header of a packet from the host. The kernel has checked it; this guards against a door that lies.
 #[inline]
-fn inner_header(packet: &[u8]) -> Result<&[u8; IPV4_LEN], DropReason> {
-    let version = packet.first().ok_or(DropReason::HostHeader)? >> 4;
-    if version != 4 {
-        return Err(DropReason::HostNotIpv4);
-    }
+fn header4(packet: &[u8]) -> Result<&[u8; IPV4_LEN], DropReason> {
     let ip = packet
         .first_chunk::<IPV4_LEN>()
         .ok_or(DropReason::HostHeader)?;
     let header_len = usize::from(ip[0] & 0x0f) * 4;
     let total_len = usize::from(wire::be16(ip, 2));
     if header_len < IPV4_LEN || total_len < header_len || total_len != packet.len() {
+        return Err(DropReason::HostHeader);
+    }
+    Ok(ip)
+}
+
+/// As [`header4`].
+#[inline]
+fn header6(packet: &[u8]) -> Result<&[u8; IPV6_LEN], DropReason> {
+    let ip = packet
+        .first_chunk::<IPV6_LEN>()
+        .ok_or(DropReason::HostHeader)?;
+    if IPV6_LEN + usize::from(wire::be16(ip, 4)) != packet.len() {
         return Err(DropReason::HostHeader);
     }
     Ok(ip)

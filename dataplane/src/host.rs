@@ -12,7 +12,7 @@
 
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -24,16 +24,17 @@ use crossbeam::channel::{Receiver, RecvTimeoutError};
 use crossbeam::utils::CachePadded;
 use ripstop_fib::map::{self, MapError, Mapping, ProcessLock};
 use ripstop_fib::stats::{KernelCounter, Mode, Polling, Stats, WorkerIdentity};
-use ripstop_fib::{Reader, Region};
+use ripstop_fib::{Node, Reader, Region};
 
 use crate::config::{self, ConfigErrors, HostFacts, WorkerConfig};
-use crate::nic::Nic;
+use crate::nic::{Nic, NicError};
 use crate::nic_queue::NicQueue;
+use crate::nic_settings::{NicSettings, Setting};
 use crate::pace::{self, Pace, Waker};
 use crate::tun::{self, TunError, TunQueue};
-use crate::watcher::{self, TableWatcher};
+use crate::watcher::{self, Accepted, TableWatcher};
 use crate::worker::{Parts, Worker};
-use crate::xdp::{AttachMode, AttachedMode, XdpError, XdpProgram};
+use crate::xdp::{AttachMode, AttachedMode, TunnelMatch, XdpError, XdpProgram};
 
 /// How often the watcher looks for a new table.
 const WATCH: Duration = Duration::from_millis(2);
@@ -44,6 +45,8 @@ const HEARTBEAT_MAX_NS: u64 = 500_000_000;
 const BELIEF_NS: u64 = 1_000_000_000;
 /// Looks between two publications of the kernel's statistics: every 100 ms.
 const STATISTICS_LOOKS: u32 = 50;
+/// How often the kernel is asked about the NICs.
+const ASK: Duration = Duration::from_secs(1);
 /// How long the control plane gets to lead traffic away from workers that will stop: it looks every 100 ms.
 const WITHDRAW: Duration = Duration::from_millis(250);
 /// How long packets that are on their way through the workers get before the workers stop.
@@ -120,6 +123,32 @@ pub enum HostError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The thread that asks about the NICs could not be made.
+    #[error("start the thread that watches the NICs: {source}")]
+    Watching {
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The NIC is not there any more, or another one has its name.
+    #[error(
+        "NIC {nic} is gone; the kernel's own tunnel path carries the traffic, start the data plane again when the NIC is back"
+    )]
+    NicVanished {
+        /// The NIC.
+        nic: String,
+    },
+    /// The NIC has lost the queue of a running worker.
+    #[error(
+        "NIC {nic} has {queues} receive queue(s) left, and a worker is on queue {queue}: ethtool -L {nic} brings it back, or remove the worker's file; the kernel's own tunnel path carries the traffic"
+    )]
+    QueueGone {
+        /// The NIC.
+        nic: String,
+        /// The worker's queue.
+        queue: u32,
+        /// Queues that the NIC has.
+        queues: u32,
+    },
     /// The NIC went away under a running worker.
     #[error(
         "{nic} queue {queue}: {source}; the kernel's own tunnel path carries the traffic, start the data plane again when the NIC is back"
@@ -159,7 +188,9 @@ pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> 
     let (workers, facts) = check(&options.config_dir)?;
     let lock = ProcessLock::acquire(&options.run_dir, map::DATAPLANE_LOCK)?;
     let regions = Regions::open(&options.run_dir)?;
+    let mut settings = NicSettings::open(&options.run_dir);
     let mut nics = attach_programs(&workers, &facts)?;
+    tune(&mut settings, &workers, &nics);
     let doors = tun::open(workers.len())?;
     let stop = Arc::new(CachePadded::new(AtomicBool::new(false)));
     let mut running = Vec::new();
@@ -167,7 +198,8 @@ pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> 
         let Some(nic) = nics.get_mut(&config.nic) else {
             continue;
         };
-        running.push(start(index, config, nic, door, regions, &stop)?);
+        let node = facts.node_of(&nic.nic);
+        running.push(start(index, config, nic, node, door, regions, &stop)?);
     }
     regions.stats.announce(workers.len(), nics.len());
     tracing::info!(
@@ -176,8 +208,9 @@ pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> 
         "data plane is up, waiting for tables"
     );
 
-    let outcome = watch(regions, &mut nics, &running, signals);
+    let outcome = watch(regions, &mut nics, &mut settings, &running, signals);
     shut_down(regions.stats, &mut nics, running, &stop);
+    settings.restore();
     // With the lock gone nobody takes these workers for living ones, and their last counters can be read.
     drop(lock);
     regions.stats.announce(workers.len(), nics.len());
@@ -218,6 +251,21 @@ struct AttachedNic {
     program: XdpProgram,
     mode: AttachedMode,
     index: usize,
+    /// What the program takes for ours.
+    ours: TunnelMatch,
+    /// Longest frame that every socket of the NIC can hold.
+    frame_bytes_max: u32,
+}
+
+/// Ethernet header and VLAN tag, which do not count towards an MTU.
+const ETHERNET_BYTES: u32 = 18;
+
+impl AttachedNic {
+    /// Longest frame for a socket. One that is longer than the MTU is no packet as it was sent, but several that were
+    /// merged, for example; a pod would not take it.
+    fn frame_limit(&self) -> u32 {
+        self.frame_bytes_max.min(self.nic.mtu + ETHERNET_BYTES)
+    }
 }
 
 fn attach_programs(
@@ -248,6 +296,8 @@ fn attach_programs(
                 program,
                 mode,
                 index,
+                ours: TunnelMatch::OFF,
+                frame_bytes_max: frame_bytes,
             },
         );
     }
@@ -290,6 +340,7 @@ fn start(
     index: usize,
     config: &WorkerConfig,
     nic: &mut AttachedNic,
+    node: Option<u32>,
     door: TunQueue,
     regions: Regions,
     stop: &Arc<CachePadded<AtomicBool>>,
@@ -302,7 +353,16 @@ fn start(
         file: config.file.clone(),
         source,
     };
-    let mut umem = Umem::new(&umem_options(config)).map_err(socket_error)?;
+    let mut umem = Umem::new(&umem_options(config, node)).map_err(socket_error)?;
+    let lies_on = node.and_then(|_| umem.numa_node());
+    if lies_on != node {
+        tracing::warn!(
+            nic = config.nic,
+            queue = config.queue,
+            wanted = node,
+            "the packet memory does not lie on the NIC's NUMA node alone: free memory there, or widen the process's cpuset.mems"
+        );
+    }
     let interface = Interface::by_index(nic.nic.index).map_err(socket_error)?;
     let options = socket_options(config);
     let Socket {
@@ -310,13 +370,18 @@ fn start(
         transmitter,
         handle,
     } = Socket::open(&mut umem, &interface, config.queue, &options).map_err(socket_error)?;
-    let identity = identity(config, nic.mode, &handle);
+    let identity = WorkerIdentity {
+        numa_node: lies_on.and_then(|node| u16::try_from(node).ok()),
+        ..identity(config, nic.mode, &handle)
+    };
     tracing::info!(
         nic = config.nic,
         queue = config.queue,
         cpu = config.cpu,
         mode = identity.mode.name(),
         polling = identity.polling.name(),
+        huge_pages = identity.huge_pages,
+        numa_node = identity.numa_node,
         "worker starts"
     );
     let waker = Waker::new().map_err(thread_error)?;
@@ -348,6 +413,7 @@ fn start(
         accepted: regions.stats.accepted(),
         stats: regions.stats,
         index,
+        ifindex: nic.nic.index,
         burst,
     });
     let stop = Arc::clone(stop);
@@ -377,12 +443,13 @@ fn start(
     })
 }
 
-fn umem_options(config: &WorkerConfig) -> UmemOptions {
+fn umem_options(config: &WorkerConfig, node: Option<u32>) -> UmemOptions {
     UmemOptions {
         frames: config.umem.frames(),
         frame_size: config.umem.frame_size().bytes(),
         memory: Memory::File,
         huge_pages: config.umem.huge_pages(),
+        numa_node: node,
         ..UmemOptions::default()
     }
 }
@@ -426,6 +493,8 @@ fn identity(
         },
         frames: config.umem.frames(),
         frame_size: config.umem.frame_size().bytes(),
+        huge_pages: config.umem.huge_pages(),
+        numa_node: None,
     }
 }
 
@@ -445,27 +514,27 @@ impl Drop for AbortOnPanic {
 fn watch(
     regions: Regions,
     nics: &mut BTreeMap<String, AttachedNic>,
+    settings: &mut NicSettings,
     running: &[Running],
     signals: &Receiver<i32>,
 ) -> Result<(), HostError> {
     let mut tables = TableWatcher::new(regions.fib, regions.stats);
-    let mut tunnel = None;
+    let answers = ask_about(nics).map_err(|source| HostError::Watching { source })?;
+    let mut door = DoorMtu::default();
     let mut looks = 0;
     loop {
-        match tables.look() {
+        match tables.look(|node| door.before(node)) {
             Some(Ok(accepted)) => {
                 tracing::info!(
                     generation = accepted.generation,
                     bytes = accepted.bytes,
                     "table accepted"
                 );
-                if tunnel != Some(accepted.tunnel) {
-                    for attached in nics.values_mut() {
-                        attached.program.configure(&accepted.tunnel)?;
-                    }
-                    tunnel = Some(accepted.tunnel);
+                for attached in nics.values_mut() {
+                    configure(attached, &accepted.node, settings)?;
                 }
                 running.iter().for_each(|worker| worker.waker.wake());
+                door.accepted(&accepted);
             }
             Some(Err(error)) => {
                 tracing::error!(%error, "new table refused, the workers go on with the one they have");
@@ -475,6 +544,10 @@ fn watch(
         if looks % STATISTICS_LOOKS == 0 {
             publish_statistics(regions.stats, nics, running)?;
             vouch(regions.stats, nics)?;
+            door.follow(regions.stats);
+        }
+        while let Ok(answer) = answers.try_recv() {
+            follow_nic(answer, nics, running)?;
         }
         looks += 1;
         match signals.recv_timeout(WATCH) {
@@ -484,6 +557,187 @@ fn watch(
                 return Ok(());
             }
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+    }
+}
+
+/// Tells a NIC's XDP program what is ours, if that has changed.
+fn configure(
+    attached: &mut AttachedNic,
+    node: &Node,
+    settings: &mut NicSettings,
+) -> Result<(), HostError> {
+    let ours = watcher::tunnel_match(node, attached.nic.index);
+    if ours == attached.ours {
+        return Ok(());
+    }
+    if ours == TunnelMatch::OFF {
+        tracing::info!(
+            nic = attached.nic.name,
+            "the table does not name this NIC: the kernel gets all of its packets"
+        );
+        attached.program.disable()?;
+    } else {
+        keep_tags(settings, &attached.nic, ours.vlan.is_some());
+        attached.program.limit_frames(attached.frame_limit());
+        attached.program.configure(&ours)?;
+    }
+    attached.ours = ours;
+    Ok(())
+}
+
+/// Sees to it that the VLAN tags of received frames stay in the frame where ours are tagged: the XDP program cannot see
+/// one that the NIC has taken off, and would hand the packets of one VLAN over for those of another.
+fn keep_tags(settings: &mut NicSettings, nic: &Nic, tagged: bool) {
+    if !tagged {
+        settings.put_back(nic, Setting::RxVlanOffload);
+        return;
+    }
+    if let Err(error) = settings.set(nic, Setting::RxVlanOffload, "off") {
+        tracing::error!(%error, "frames arrive without their VLAN tag and go the kernel's way; ethtool -K {} rxvlan off", nic.name);
+    }
+}
+
+/// Changes on the NICs what the configuration asks for. None of it is needed for a packet to arrive, so that a refusal
+/// is told and no more.
+fn tune(
+    settings: &mut NicSettings,
+    workers: &[WorkerConfig],
+    nics: &BTreeMap<String, AttachedNic>,
+) {
+    let sleepless: BTreeSet<u32> = workers
+        .iter()
+        .filter(|worker| worker.polling == config::Polling::Busy)
+        .map(|worker| worker.cpu)
+        .collect();
+    for attached in nics
+        .values()
+        .filter(|nic| nic.mode == AttachedMode::Generic)
+    {
+        // There the XDP program sees what GRO has merged, which has no valid checksum (net/ipv4/tcp_offload.c,
+        // tcp_gro_complete) and is longer than what was sent.
+        if let Err(error) = settings.set(&attached.nic, Setting::Gro, "off") {
+            tracing::warn!(
+                "{error}; TCP over NIC {nic} may stall in generic mode: ethtool -K {nic} gro off",
+                nic = attached.nic.name
+            );
+        }
+    }
+    for worker in workers {
+        let Some(nic) = nics.get(&worker.nic).map(|attached| &attached.nic) else {
+            continue;
+        };
+        let mut set = |setting, value: &str, advice: &str| {
+            if let Err(error) = settings.set(nic, setting, value) {
+                tracing::warn!("{error}; {advice}");
+            }
+        };
+        if let Some(deferral) = worker.napi_deferral {
+            let nanoseconds = u64::from(deferral.timeout_microseconds) * 1000;
+            let advice = "leave napiDeferral out, or let the process write to sysfs";
+            // The timeout first: interrupts that are put off without one would not come back.
+            set(Setting::GroFlushTimeout, &nanoseconds.to_string(), advice);
+            let hard_irqs = deferral.hard_irqs.to_string();
+            set(Setting::NapiDeferHardIrqs, &hard_irqs, advice);
+        }
+        let on_worker_cpu = match (worker.interrupt, worker.polling) {
+            (config::Interrupt::Keep, _) => continue,
+            (config::Interrupt::WorkerCpu, _)
+            | (config::Interrupt::Auto, config::Polling::Adaptive) => true,
+            (config::Interrupt::OtherCpus, _)
+            | (config::Interrupt::Auto, config::Polling::Busy) => false,
+        };
+        let Some(irq) = settings.queue_interrupt(nic, worker.queue) else {
+            tracing::info!(
+                nic = nic.name,
+                queue = worker.queue,
+                "no interrupt is known to be this queue's, so none is moved"
+            );
+            continue;
+        };
+        let cpus = if on_worker_cpu {
+            Some(worker.cpu.to_string())
+        } else {
+            settings.cpus_except(&sleepless)
+        };
+        match cpus {
+            Some(cpus) => {
+                let advice = "the interrupt stays where it is: drivers with managed interrupts do not let them be moved";
+                if let Err(error) = settings.set(nic, Setting::IrqAffinity(irq), &cpus) {
+                    tracing::warn!("{error}; {advice}");
+                }
+            }
+            None => tracing::warn!(
+                nic = nic.name,
+                queue = worker.queue,
+                "no CPU is left for the interrupt: every one has a worker that never sleeps"
+            ),
+        }
+    }
+}
+
+/// Keeps the host door's MTU at what the table says.
+///
+/// A worker drops what is longer than its table allows, so that the kernel must not hand it such a packet: a smaller
+/// MTU comes into force before the workers see the new table, a larger one when they all have. From then on it is
+/// compared again and again, because anybody may change it.
+#[derive(Debug, Default)]
+struct DoorMtu {
+    wanted: Option<u16>,
+    /// Generation of the table that says so.
+    generation: u64,
+    /// What went wrong last, so that it is said once.
+    complaint: Option<String>,
+}
+
+impl DoorMtu {
+    /// Called with a table that no worker has seen.
+    fn before(&mut self, node: &Node) {
+        let Some(mtu) = watcher::host_door_mtu(node) else {
+            return;
+        };
+        if node.v6.is_some() {
+            let outcome = tun::enable_ipv6();
+            self.complain(outcome, "IPv6 is off on", "ipv6.disable=0 on the kernel's command line and /proc/sys/net/ipv6/conf/rip0/disable_ipv6 must allow it");
+        }
+        if tun::mtu().is_ok_and(|current| u32::from(mtu) < current) {
+            self.set(mtu);
+        }
+    }
+
+    /// Called when the workers may use the table.
+    fn accepted(&mut self, accepted: &Accepted) {
+        self.wanted = watcher::host_door_mtu(&accepted.node);
+        self.generation = accepted.generation;
+    }
+
+    fn follow(&mut self, stats: Stats<'_>) {
+        let Some(wanted) = self.wanted else { return };
+        let now = map::monotonic_ns();
+        let behind = stats.workers().into_iter().any(|worker| {
+            let moving = now.saturating_sub(worker.heartbeat_ns) < HEARTBEAT_MAX_NS;
+            moving && worker.generation != self.generation
+        });
+        if !behind && tun::mtu().is_ok_and(|current| u32::from(wanted) != current) {
+            self.set(wanted);
+        }
+    }
+
+    fn set(&mut self, mtu: u16) {
+        let outcome = tun::set_mtu(mtu);
+        if outcome.is_ok() {
+            tracing::info!(mtu, "{} follows the table's MTU", tun::HOST_DOOR);
+        }
+        let advice = format!("ip link set dev {} mtu {mtu}", tun::HOST_DOOR);
+        self.complain(outcome, "the MTU cannot be changed on", &advice);
+    }
+
+    fn complain(&mut self, outcome: io::Result<()>, what: &str, advice: &str) {
+        let Err(error) = outcome else { return };
+        let text = format!("{what} {}: {error}; {advice}", tun::HOST_DOOR);
+        if self.complaint.as_ref() != Some(&text) {
+            tracing::error!("{text}");
+            self.complaint = Some(text);
         }
     }
 }
@@ -499,6 +753,77 @@ fn vouch(stats: Stats<'_>, nics: &BTreeMap<String, AttachedNic>) -> Result<(), H
                 .program
                 .keep_alive(worker.identity.queue, now + BELIEF_NS)?;
         }
+    }
+    Ok(())
+}
+
+/// Asks about the NICs every second, in a thread of its own: drivers answer under the kernel's one lock for network
+/// devices, which somebody else may hold for seconds, and the watcher must not wait.
+fn ask_about(nics: &BTreeMap<String, AttachedNic>) -> io::Result<Receiver<Answer>> {
+    let (sender, answers) = crossbeam::channel::bounded(nics.len().max(1));
+    let names: Vec<String> = nics.keys().cloned().collect();
+    std::thread::Builder::new()
+        .name("nics".to_owned())
+        .spawn(move || {
+            loop {
+                for name in &names {
+                    if sender.send((name.clone(), Nic::open(name))).is_err() {
+                        return;
+                    }
+                }
+                std::thread::sleep(ASK);
+            }
+        })?;
+    Ok(answers)
+}
+
+/// A NIC's name, and what the kernel says about it.
+type Answer = (String, Result<Nic, NicError>);
+
+/// Notices what has become of a NIC. A socket on a queue that exists no more receives nothing and says nothing, and so
+/// does one whose error somebody has read: hence the question is put to the NIC.
+fn follow_nic(
+    (name, answer): Answer,
+    nics: &mut BTreeMap<String, AttachedNic>,
+    running: &[Running],
+) -> Result<(), HostError> {
+    let Some(attached) = nics.get_mut(&name) else {
+        return Ok(());
+    };
+    let nic = match answer {
+        Ok(nic) if nic.index == attached.nic.index => nic,
+        Ok(_) | Err(NicError::Unknown { .. }) => return Err(HostError::NicVanished { nic: name }),
+        Err(error) => return Err(HostError::Facts(error.into())),
+    };
+    let queues: Vec<u32> = running
+        .iter()
+        .filter(|worker| worker.socket.interface().index() == nic.index)
+        .map(|worker| worker.socket.queue())
+        .collect();
+    if let Some(queue) = queues.iter().find(|queue| **queue >= nic.rx_queues) {
+        return Err(HostError::QueueGone {
+            nic: name,
+            queue: *queue,
+            queues: nic.rx_queues,
+        });
+    }
+    if nic.rx_queues != attached.nic.rx_queues {
+        let uncovered: Vec<u32> = (0..nic.rx_queues)
+            .filter(|queue| !queues.contains(queue))
+            .collect();
+        tracing::warn!(
+            nic = name,
+            before = attached.nic.rx_queues,
+            now = nic.rx_queues,
+            "the NIC's queues have changed; the kernel carries the tunnel packets of those without a worker: {uncovered:?}"
+        );
+    }
+    let before = attached.frame_limit();
+    attached.nic = nic;
+    let limit = attached.frame_limit();
+    if limit != before && attached.ours != TunnelMatch::OFF {
+        attached.program.limit_frames(limit);
+        attached.program.configure(&attached.ours)?;
     }
     Ok(())
 }

@@ -7,12 +7,16 @@
 //! call to the control plane, ever. All that comes from there is the fib region in shared memory.
 
 pub mod config;
+mod ecn;
 pub mod encap;
+mod flow;
 pub mod forward;
 pub mod host;
+mod inner;
 pub mod memory;
 pub mod nic;
 pub mod nic_queue;
+pub mod nic_settings;
 pub mod pace;
 pub mod port;
 pub mod table;

@@ -142,6 +142,76 @@ impl Nic {
     }
 }
 
+/// Something that a NIC, or the kernel for it, does to frames that it receives, and that can be switched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// Taking VLAN tags off (`ethtool -K … rxvlan`).
+    RxVlanOffload,
+    /// Merging packets of a flow (`ethtool -K … gro`).
+    Gro,
+}
+
+impl Feature {
+    /// The commands that read and write it, and its bit in the value; one of these flags is one of several.
+    const fn commands(self) -> (u32, u32, u32) {
+        match self {
+            Self::RxVlanOffload => (ETHTOOL_GFLAGS, ETHTOOL_SFLAGS, ETH_FLAG_RXVLAN),
+            Self::Gro => (ETHTOOL_GGRO, ETHTOOL_SGRO, 1),
+        }
+    }
+
+    /// Whether it is on.
+    ///
+    /// # Errors
+    /// When there is no such NIC.
+    pub fn is_on(self, nic: &str) -> io::Result<bool> {
+        let (_, value) = self.value(nic)?;
+        Ok(value & self.commands().2 != 0)
+    }
+
+    /// Switches it.
+    ///
+    /// # Errors
+    /// When there is no such NIC, or its driver does not change this.
+    pub fn switch(self, nic: &str, on: bool) -> io::Result<()> {
+        let (control, value) = self.value(nic)?;
+        let (_, command, bit) = self.commands();
+        let value = if on { value | bit } else { value & !bit };
+        let mut request = EthtoolValue { command, value };
+        match control.ethtool(&mut request, "features") {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(io::ErrorKind::Unsupported.into()),
+            Err(error) => Err(kernels_answer(error)),
+        }
+    }
+
+    fn value(self, nic: &str) -> io::Result<(Control, u32)> {
+        let control = Control::open(nic).map_err(kernels_answer)?;
+        let (command, ..) = self.commands();
+        let mut request = EthtoolValue { command, value: 0 };
+        control
+            .ethtool(&mut request, "features")
+            .map_err(kernels_answer)?;
+        Ok((control, request.value))
+    }
+}
+
+fn kernels_answer(error: NicError) -> io::Error {
+    match error {
+        NicError::Question { source, .. } => source,
+        other @ (NicError::Unknown { .. }
+        | NicError::BadName { .. }
+        | NicError::NotEthernet { .. }) => io::Error::other(other),
+    }
+}
+
+/// `struct ethtool_value` (linux/ethtool.h).
+#[repr(C)]
+struct EthtoolValue {
+    command: u32,
+    value: u32,
+}
+
 /// `struct ethtool_drvinfo` (linux/ethtool.h).
 #[repr(C)]
 struct EthtoolDriver {
@@ -170,7 +240,15 @@ struct EthtoolChannels {
 const _: () = assert!(size_of::<EthtoolDriver>() == 196);
 const _: () = assert!(size_of::<EthtoolChannels>() == 36);
 
+const _: () = assert!(size_of::<EthtoolValue>() == 8);
+
 const ETHTOOL_GDRVINFO: u32 = 0x03;
+const ETHTOOL_GFLAGS: u32 = 0x25;
+const ETHTOOL_SFLAGS: u32 = 0x26;
+const ETHTOOL_GGRO: u32 = 0x2b;
+const ETHTOOL_SGRO: u32 = 0x2c;
+/// NETIF_F_HW_VLAN_CTAG_RX among the flags.
+const ETH_FLAG_RXVLAN: u32 = 1 << 8;
 const ETHTOOL_GCHANNELS: u32 = 0x3c;
 
 /// Structures that the kernel accepts behind `ifr_data` of SIOCETHTOOL.
@@ -184,6 +262,9 @@ unsafe trait EthtoolCommand {}
 unsafe impl EthtoolCommand for EthtoolDriver {}
 // SAFETY: mirrors the kernel's struct, size asserted above, plain integers.
 unsafe impl EthtoolCommand for EthtoolChannels {}
+
+// SAFETY: mirrors the kernel's struct, size asserted above, plain integers.
+unsafe impl EthtoolCommand for EthtoolValue {}
 
 /// A socket to ask about one interface through.
 struct Control {

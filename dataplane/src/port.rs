@@ -21,6 +21,10 @@ pub trait Port {
     /// Why a packet that this port would not take is dropped.
     const REFUSED: DropReason;
 
+    /// Says whether this port should receive at all. The NIC queue has no choice; the host door gives packets that it
+    /// does not want to the other workers' queues.
+    fn open(&mut self, _open: bool) {}
+
     /// Brings back the frames whose transmission is over.
     fn reclaim(&mut self, umem: &mut Umem);
 

@@ -19,7 +19,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use af_xdp::Umem;
 
 use crate::port::{Burst, Port, Transmitted};
-use crate::verdict::{DropReason, HEADER_LEN};
+use crate::verdict::{DropReason, HEADER_MAX};
 
 /// Name of the host door.
 pub const HOST_DOOR: &str = "rip0";
@@ -29,8 +29,10 @@ const VIRTIO_HEADER_LEN: usize = 10;
 /// Packets that the kernel queues for a worker that is late. The kernel's own default of 500 is 25 ms of 20,000
 /// packets a second, less than a busy machine's scheduler takes now and then.
 const QUEUE_PACKETS: c_int = 2048;
-/// Room before a packet for the header that is pushed, so placed that the packet starts on a cache line.
-const HEADROOM: usize = 2 * HEADER_LEN - af_xdp::FRAME_RESERVED as usize;
+/// Room before a packet for the longest header that is pushed, so placed that the packet starts on a cache line.
+const HEADROOM: usize = (FRAME_RESERVED + HEADER_MAX).next_multiple_of(CACHE_LINE) - FRAME_RESERVED;
+const FRAME_RESERVED: usize = af_xdp::FRAME_RESERVED as usize;
+const CACHE_LINE: usize = 64;
 
 /// Why the host door could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +61,8 @@ pub enum TunError {
 #[derive(Debug)]
 pub struct TunQueue {
     file: File,
+    /// Whether the kernel hands packets to this queue.
+    open: bool,
 }
 
 /// Makes the device with `queues` queues and brings it up.
@@ -67,14 +71,9 @@ pub struct TunQueue {
 /// When there is no TUN driver, a device of this name exists, or CAP_NET_ADMIN is missing.
 pub fn open(queues: usize) -> Result<Vec<TunQueue>, TunError> {
     let opened: Vec<TunQueue> = (0..queues)
-        .map(|_| TunQueue::open())
+        .map(|_| TunQueue::new())
         .collect::<Result<_, _>>()?;
-    // Pods reach this device over IPv4 only; without this the kernel's own IPv6 chatter (router solicitations, MLD)
-    // would arrive here. Before it is up. Best effort: a kernel without IPv6 has no such file.
-    let _ = std::fs::write(
-        format!("/proc/sys/net/ipv6/conf/{HOST_DOOR}/disable_ipv6"),
-        "1",
-    );
+    keep_quiet();
     // Packets come in here while the way back may still lead through the standby. A reverse-path filter takes that for
     // forgery, even a loose one (2, as systemd sets it for new devices), because this device has no address
     // (net/ipv4/fib_frontend.c, `last_resort` in `__fib_validate_source`). The workers check each source.
@@ -90,8 +89,81 @@ pub fn open(queues: usize) -> Result<Vec<TunQueue>, TunError> {
     Ok(opened)
 }
 
+/// Least MTU for IPv6 (RFC 8200 section 5); the kernel has no IPv6 on a device of less.
+const IPV6_MTU_MIN: u16 = 1280;
+
+/// Keeps the kernel from sending packets of its own to the device: they would arrive at the workers, who have no use
+/// for them. To be called before the device is up. Best effort: a kernel without IPv6 has none of this.
+///
+/// IPv6 itself stays on, because pods are reached over it. What it would send are a neighbour solicitation for a
+/// link-local address, router solicitations, and reports of multicast groups. There is no such address, nobody listens
+/// to routers, and a device that is not capable of multicast is in no group but those that are never reported.
+fn keep_quiet() {
+    let _ = change_flags(|flags| flags & !libc::IFF_MULTICAST);
+    // Where forwarding is on, the device has joined the group of routers when it was made, and leaving it is reported,
+    // too. So let IPv6 forget the device, and take it up again as it is (net/ipv6/addrconf.c, NETDEV_CHANGEMTU).
+    if let Ok(mtu) = mtu().and_then(|mtu| u16::try_from(mtu).map_err(io::Error::other)) {
+        let _ = change_mtu(IPV6_MTU_MIN - 1).and_then(|()| change_mtu(mtu));
+    }
+    configure_nothing();
+}
+
+/// No address, no autoconfiguration, no routers.
+fn configure_nothing() {
+    for (setting, value) in [
+        ("addr_gen_mode", "1"),
+        ("accept_ra", "0"),
+        ("autoconf", "0"),
+        ("router_solicitations", "0"),
+    ] {
+        let path = format!("/proc/sys/net/ipv6/conf/{HOST_DOOR}/{setting}");
+        let _ = std::fs::write(path, value);
+    }
+}
+
+/// Switches IPv6 on where the machine's default has it off, as pods are to be reached over it.
+///
+/// # Errors
+/// When the kernel has no IPv6, or does not let this process change it.
+pub fn enable_ipv6() -> io::Result<()> {
+    let path = format!("/proc/sys/net/ipv6/conf/{HOST_DOOR}/disable_ipv6");
+    if std::fs::read_to_string(&path)?.trim() == "0" {
+        return Ok(());
+    }
+    std::fs::write(path, "0")
+}
+
+/// Largest packet that the kernel hands to the device.
+///
+/// # Errors
+/// When the device is gone.
+pub fn mtu() -> io::Result<u32> {
+    let answer = interface_ioctl(libc::SIOCGIFMTU, |_request| {})?;
+    // SAFETY: SIOCGIFMTU has filled the union's MTU.
+    let mtu = unsafe { answer.ifr_ifru.ifru_mtu };
+    Ok(mtu.unsigned_abs())
+}
+
+/// Changes the largest packet that the kernel hands to the device.
+///
+/// # Errors
+/// When the device is gone, or the process lacks CAP_NET_ADMIN.
+pub fn set_mtu(mtu: u16) -> io::Result<()> {
+    change_mtu(mtu)?;
+    // From less than IPv6 needs to enough, the kernel has just taken IPv6 up with its own defaults.
+    configure_nothing();
+    Ok(())
+}
+
+fn change_mtu(mtu: u16) -> io::Result<()> {
+    interface_ioctl(libc::SIOCSIFMTU, |request| {
+        request.ifr_ifru.ifru_mtu = mtu.into();
+    })?;
+    Ok(())
+}
+
 impl TunQueue {
-    fn open() -> Result<Self, TunError> {
+    fn new() -> Result<Self, TunError> {
         let mut options = OpenOptions::new();
         options
             .read(true)
@@ -120,7 +192,7 @@ impl TunQueue {
             "switch offloads off on",
             "this kernel's TUN driver is too old",
         ))?;
-        Ok(Self { file })
+        Ok(Self { file, open: true })
     }
 
     /// Reads one packet into `buffer`; `None` when there is none.
@@ -150,6 +222,28 @@ impl AsFd for TunQueue {
 
 impl Port for TunQueue {
     const REFUSED: DropReason = DropReason::HostWriteFailed;
+
+    /// Attaches or detaches the queue. A detached one gets no packets, and the kernel spreads its flows over the others;
+    /// what it writes is still taken. Packets that wait in it are lost.
+    fn open(&mut self, open: bool) {
+        if open == self.open {
+            return;
+        }
+        let flag = if open {
+            libc::IFF_ATTACH_QUEUE
+        } else {
+            libc::IFF_DETACH_QUEUE
+        };
+        let mut request = request();
+        request.ifr_ifru.ifru_flags = short(flag);
+        // SAFETY: TUNSETQUEUE reads the `ifreq` that it is given, which is valid and whole.
+        let answer =
+            unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) };
+        // The kernel refuses only what is so already.
+        if check(answer).is_ok() {
+            self.open = open;
+        }
+    }
 
     fn reclaim(&mut self, _umem: &mut Umem) {}
 

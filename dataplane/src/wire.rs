@@ -2,8 +2,12 @@
 
 /// Length of an Ethernet header without a VLAN tag.
 pub const ETHERNET_LEN: usize = 14;
+/// Length of an 802.1Q tag.
+pub const VLAN_LEN: usize = 4;
 /// Length of an IPv4 header without options (RFC 791 section 3.1).
 pub const IPV4_LEN: usize = 20;
+/// Length of an IPv6 header without extension headers (RFC 8200 section 3).
+pub const IPV6_LEN: usize = 40;
 /// Length of a UDP header (RFC 768).
 pub const UDP_LEN: usize = 8;
 /// Length of a VXLAN header (RFC 7348 section 5).
@@ -11,20 +15,30 @@ pub const VXLAN_LEN: usize = 8;
 
 /// EtherType of IPv4.
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
+/// EtherType of IPv6.
+pub const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// EtherType of an 802.1Q tag.
 pub const ETHERTYPE_VLAN: u16 = 0x8100;
 /// EtherType of an 802.1ad tag.
 pub const ETHERTYPE_QINQ: u16 = 0x88a8;
+/// IP protocol number of ICMP.
+pub const PROTOCOL_ICMP: u8 = 1;
+/// IP protocol number of IPv4 in IP (RFC 2003).
+pub const PROTOCOL_IPIP: u8 = 4;
 /// IP protocol number of TCP.
 pub const PROTOCOL_TCP: u8 = 6;
 /// IP protocol number of UDP.
 pub const PROTOCOL_UDP: u8 = 17;
+/// IP protocol number of ICMPv6.
+pub const PROTOCOL_ICMPV6: u8 = 58;
 /// IP protocol number of SCTP.
 pub const PROTOCOL_SCTP: u8 = 132;
 
 /// Bits of the IPv4 flags and fragment offset field that make a packet a fragment: MF and the offset.
 pub const FRAGMENT_MASK: u16 = 0x3fff;
-/// Bits of the IPv4 type-of-service octet that carry ECN (RFC 3168 section 5).
+/// "Don't fragment" in the same field.
+pub const DONT_FRAGMENT: u16 = 0x4000;
+/// Bits of the IPv4 type-of-service octet and the IPv6 traffic class that carry ECN (RFC 3168 section 5).
 pub const ECN_MASK: u8 = 0b11;
 
 /// Two bytes at `at`, big-endian. The place must lie within `bytes`: callers pass arrays whose length they know.
@@ -37,6 +51,21 @@ pub fn be16(bytes: &[u8], at: usize) -> u16 {
 #[inline]
 pub fn be32(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+/// An IPv6 address at `at`; as [`be16`].
+#[inline]
+pub fn be128(bytes: &[u8], at: usize) -> u128 {
+    match bytes[at..].first_chunk() {
+        Some(address) => u128::from_be_bytes(*address),
+        None => 0,
+    }
+}
+
+/// The traffic class of an IPv6 header, which has the bits of the IPv4 type-of-service octet.
+#[inline]
+pub fn traffic_class(ip: &[u8; IPV6_LEN]) -> u8 {
+    ip[0] << 4 | ip[1] >> 4
 }
 
 /// Folds a sum of 16-bit words to 16 bits (RFC 1071 section 2).
@@ -64,21 +93,52 @@ pub fn ipv4_sum(header: &[u8; IPV4_LEN]) -> u16 {
     fold(sum)
 }
 
-/// Ones' complement sum of bytes of any even length up to 64 KiB; an odd last byte is padded with zero.
+/// Ones' complement sum of any bytes up to 64 KiB; an odd last byte is padded with zero.
+#[inline]
 pub fn sum(bytes: &[u8]) -> u16 {
-    let (pairs, rest) = bytes.as_chunks::<2>();
-    let mut sum: u32 = pairs
+    let (quads, rest) = bytes.as_chunks::<4>();
+    // In memory order: a sum of swapped words is the swapped sum (RFC 1071 section 2, B).
+    let mut sum: u64 = quads
         .iter()
-        .map(|pair| u32::from(u16::from_be_bytes(*pair)))
+        .map(|quad| u64::from(u32::from_ne_bytes(*quad)))
         .sum();
-    if let [last] = rest {
-        sum += u32::from(*last) << 8;
-    }
-    fold(sum)
+    let mut last = [0; 4];
+    last[..rest.len()].copy_from_slice(rest);
+    sum += u64::from(u32::from_ne_bytes(last));
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    let sum = (sum & 0xffff) + (sum >> 16 & 0xffff) + (sum >> 32);
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "three 16-bit numbers add up to 18 bits"
+    )]
+    let folded = fold(sum as u32);
+    u16::from_be_bytes(folded.to_ne_bytes())
 }
 
 /// The checksum after one 16-bit word of the data changed from `old` to `new` (RFC 1624 section 3, equation 3).
 #[inline]
 pub fn checksum_after(checksum: u16, old: u16, new: u16) -> u16 {
     !fold(u32::from(!checksum) + u32::from(!old) + u32::from(new))
+}
+
+/// Ones' complement sum of an IPv6 packet, without a look at the payload where that is possible.
+///
+/// A transport checksum makes the sum of transport segment and pseudo header all ones, which counts as zero; so the
+/// segment's sum is known from the pseudo header. Addresses and length stand in both headers and cancel out (the
+/// kernel's "local checksum offload", Documentation/networking/checksum-offloads.rst). `None` where no such checksum
+/// is: other protocols, fragments, extension headers, UDP without checksum. If the checksum is there and wrong, so is
+/// the sum.
+#[inline]
+pub fn ipv6_sum_by_transport(packet: &[u8], ip: &[u8; IPV6_LEN]) -> Option<u16> {
+    let protocol = ip[6];
+    match protocol {
+        PROTOCOL_TCP | PROTOCOL_ICMPV6 => {}
+        PROTOCOL_UDP => match packet.get(IPV6_LEN + 6..IPV6_LEN + UDP_LEN) {
+            None | Some([0, 0]) => return None,
+            Some(_) => {}
+        },
+        _ => return None,
+    }
+    let header = u32::from(be16(ip, 0)) + u32::from(be16(ip, 2)) + u32::from(be16(ip, 6));
+    Some(fold(header + u32::from(!u16::from(protocol))))
 }

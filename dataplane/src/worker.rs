@@ -17,7 +17,7 @@ use crate::forward;
 use crate::pace::{Due, Pace};
 use crate::port::{Burst, Port};
 use crate::table::Table;
-use crate::verdict::{DropReason, FromHost, FromNic, HEADER_LEN};
+use crate::verdict::{DropReason, FromHost, FromNic};
 use crate::wire;
 
 /// Turns between two housekeepings of a worker that never sleeps.
@@ -41,6 +41,7 @@ pub struct Worker<'r, N, H> {
     counters: WorkerCounters,
     stats: Stats<'r>,
     index: usize,
+    ifindex: u32,
 }
 
 /// What a worker is made of.
@@ -60,6 +61,8 @@ pub struct Parts<'r, N, H> {
     pub stats: Stats<'r>,
     /// Its number in the stats region.
     pub index: usize,
+    /// Interface index of its NIC.
+    pub ifindex: u32,
     /// Most packets of a burst.
     pub burst: usize,
 }
@@ -75,6 +78,7 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
             accepted,
             stats,
             index,
+            ifindex,
             burst,
         } = parts;
         Self {
@@ -92,6 +96,7 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
             counters: WorkerCounters::default(),
             stats,
             index,
+            ifindex,
         }
     }
 
@@ -168,7 +173,10 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
     fn follow_table(&mut self) {
         if self.reader.follow(self.accepted) {
             // The watcher has attached these very words before, so this fails only for "no image".
-            self.table = Table::attach(self.reader.words()).ok();
+            self.table = Table::attach(self.reader.words(), self.ifindex).ok();
+            // Packets of the host that this worker's NIC cannot send are for the other workers.
+            let uplink = self.table.and_then(|table| table.uplink);
+            self.host.open(uplink.is_some());
             self.counters.add(Counter::ImageSwitches, 1);
         }
     }
@@ -318,29 +326,27 @@ fn from_host(
     identification: u16,
 ) -> Result<(), DropReason> {
     let table = table.ok_or(DropReason::NoTable)?;
-    match forward::from_host(umem.packet(frame), table, identification) {
-        FromHost::Send(header) => {
-            // Every port leaves headroom for a header, so neither of these fails.
-            frame
-                .push_front(HEADER_LEN)
-                .map_err(|_no_room| DropReason::TooBig)?;
-            let front = umem
-                .packet_mut(frame)
-                .first_chunk_mut()
-                .ok_or(DropReason::TooBig)?;
-            *front = header;
-            Ok(())
-        }
+    // Every port leaves room for a header, so neither of these fails.
+    let (front, packet) = umem.front_and_packet(frame).ok_or(DropReason::TooBig)?;
+    match forward::from_host(packet, front, table, identification) {
+        FromHost::Send { push } => frame
+            .push_front(push)
+            .map_err(|_no_room| DropReason::TooBig),
         FromHost::Drop(reason) => Err(reason),
     }
 }
 
-/// Changes the type-of-service octet of an IPv4 header, and its checksum with it.
+/// Changes the type-of-service octet of an IPv4 header, and its checksum with it, or the traffic class of an IPv6 one.
 fn write_tos(packet: &mut [u8], tos: u8) {
     let Some(ip) = packet.first_chunk_mut::<{ wire::IPV4_LEN }>() else {
         return;
     };
     let old = wire::be16(ip, 0);
+    if ip[0] >> 4 == 6 {
+        let new = old & 0xf00f | u16::from(tos) << 4;
+        ip[0..2].copy_from_slice(&new.to_be_bytes());
+        return;
+    }
     ip[1] = tos;
     let checksum = wire::checksum_after(wire::be16(ip, 10), old, wire::be16(ip, 0));
     ip[10..12].copy_from_slice(&checksum.to_be_bytes());

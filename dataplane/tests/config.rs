@@ -9,7 +9,7 @@ use std::path::Path;
 
 use ripstop_dataplane::config::{
     self, BusyPoll, Capabilities, ConfigErrors, ConfigWarning, FrameSize, HostDoor, HostFacts,
-    Mode, Polling, WorkerConfig,
+    Interrupt, Mode, NapiDeferral, NumaNode, Polling, WorkerConfig,
 };
 use ripstop_dataplane::nic::Nic;
 
@@ -63,6 +63,8 @@ fn a_minimal_file_gets_the_defaults() {
     assert_eq!(worker.polling, Polling::Adaptive);
     assert_eq!(worker.host_door, HostDoor::Tun);
     assert_eq!(worker.busy_poll, None);
+    assert_eq!(worker.napi_deferral, None);
+    assert_eq!(worker.interrupt, Interrupt::Keep);
 }
 
 #[test]
@@ -70,8 +72,15 @@ fn every_key_is_taken() {
     let worker = worker(
         r#", "mode": "zero-copy", "rings": {"rx": 64, "tx": 128, "fill": 256, "completion": 32768},
            "umem": {"frames": 40000, "frameSize": 2048}, "hugePages": true, "burst": 256, "polling": "busy",
-           "hostDoor": {"kind": "tun"}, "busyPoll": {"microseconds": 20, "budget": 64}"#,
+           "hostDoor": {"kind": "tun"}, "busyPoll": {"microseconds": 20, "budget": 64},
+           "napiDeferral": {"hardIrqs": 2, "timeoutMicroseconds": 200}, "interrupt": "other-cpus""#,
     );
+    let deferral = NapiDeferral {
+        hard_irqs: 2,
+        timeout_microseconds: 200,
+    };
+    assert_eq!(worker.napi_deferral, Some(deferral));
+    assert_eq!(worker.interrupt, Interrupt::OtherCpus);
     assert_eq!(
         (worker.mode, worker.polling),
         (Mode::ZeroCopy, Polling::Busy)
@@ -138,6 +147,28 @@ fn one_bad_value_is_one_clear_error() {
         (
             r#", "burst": "64""#,
             &["invalid type: string \"64\"", "line 1 column"],
+        ),
+        (
+            r#", "interrupt": "far""#,
+            &[
+                "unknown variant `far`",
+                "`keep`",
+                "`auto`",
+                "`worker-cpu`",
+                "`other-cpus`",
+            ],
+        ),
+        (
+            r#", "napiDeferral": {"hardIrqs": 2}"#,
+            &["missing field `timeoutMicroseconds`"],
+        ),
+        (
+            r#", "napiDeferral": {"hardIrqs": 0, "timeoutMicroseconds": 200}"#,
+            &["napiDeferral.hardIrqs: 0", "use 2"],
+        ),
+        (
+            r#", "napiDeferral": {"hardIrqs": 2, "timeoutMicroseconds": 200000}"#,
+            &["napiDeferral.timeoutMicroseconds: 200000", "use 200"],
         ),
         (r#", "queue": 1"#, &["duplicate field `queue`"]),
         (
@@ -258,6 +289,27 @@ fn all_errors_of_a_directory_come_at_once() {
 }
 
 #[test]
+fn one_nic_has_one_deferral() {
+    let file = |queue: u32, hard_irqs: u32| {
+        let keys = format!(
+            r#", "queue": {queue}, "napiDeferral": {{"hardIrqs": {hard_irqs}, "timeoutMicroseconds": 200}}"#
+        );
+        MINIMAL.replace(r#", "queue": 0"#, &keys)
+    };
+    let same = [("a.json", &*file(0, 2)), ("b.json", &*file(1, 2))];
+    load(&same).unwrap();
+    let silent = MINIMAL.replace(r#""queue": 0"#, r#""queue": 2"#);
+    load(&[same[0], ("c.json", &silent)]).unwrap();
+    let other = file(1, 3);
+    let errors = load(&[same[0], ("b.json", &other), ("c.json", &silent)]).unwrap_err();
+    assert_says(
+        &errors,
+        1,
+        &["a.json and ", "b.json", "NIC eth0", "napiDeferral differs"],
+    );
+}
+
+#[test]
 fn only_json_files_count() {
     let files = [
         ("eth0-q0.json", MINIMAL),
@@ -298,7 +350,59 @@ fn host() -> HostFacts {
         capabilities: Capabilities::from_bits(u64::MAX),
         huge_pages_free: 0,
         huge_pages_total: 5,
+        numa_nodes: BTreeMap::new(),
     }
+}
+
+/// The same machine with two nodes, CPUs 2 and 3 and the NIC on the second, and huge pages enough, on the first.
+fn numa_host() -> HostFacts {
+    let mut host = host();
+    change(&mut host, |nic| nic.numa_node = Some(1));
+    let node = |cpus: &[u32], huge_pages_free| NumaNode {
+        cpus: cpus.iter().copied().collect(),
+        huge_pages_free,
+        huge_pages_total: huge_pages_free + 2,
+    };
+    host.numa_nodes = BTreeMap::from([(0, node(&[0, 1, 8], 60)), (1, node(&[2, 3], 4))]);
+    (host.huge_pages_free, host.huge_pages_total) = (64, 68);
+    host
+}
+
+#[test]
+fn huge_pages_are_wanted_on_the_node_of_the_nic() {
+    let huge = worker(r#", "hugePages": true"#);
+    let errors = config::check_host(core::slice::from_ref(&huge), &numa_host()).unwrap_err();
+    let file = "echo 23 > /sys/devices/system/node/node1/hugepages/hugepages-2048kB/nr_hugepages";
+    assert_says(
+        &errors,
+        1,
+        &["node 1", "21 huge pages", "4 are free there", file],
+    );
+    let mut enough = numa_host();
+    enough.numa_nodes.get_mut(&1).unwrap().huge_pages_free = 21;
+    config::check_host(core::slice::from_ref(&huge), &enough).unwrap();
+    // Where there is one node, or the NIC belongs to none, any page will do.
+    let mut one_node = numa_host();
+    one_node.numa_nodes.remove(&0);
+    config::check_host(core::slice::from_ref(&huge), &one_node).unwrap();
+    let mut nowhere = numa_host();
+    change(&mut nowhere, |nic| nic.numa_node = None);
+    config::check_host(&[huge], &nowhere).unwrap();
+}
+
+#[test]
+fn a_worker_far_from_its_nic_is_warned_about() {
+    let warned = |cpu: &str| {
+        let text = MINIMAL.replace(r#""cpu": 1"#, &format!(r#""cpu": {cpu}"#));
+        let workers = load(&[("eth0-q0.json", &text)]).unwrap();
+        let warnings = config::warnings(&workers, &numa_host());
+        warnings.iter().map(ToString::to_string).next().unwrap()
+    };
+    let far = warned("1");
+    for part in ["eth0-q0.json: CPU 1", "node 1 (2-3)"] {
+        assert!(far.contains(part), "{far}");
+    }
+    assert!(!warned("2").contains("NUMA"));
 }
 
 fn change(host: &mut HostFacts, change: impl FnOnce(&mut Nic)) {
@@ -456,6 +560,7 @@ fn every_file_that_is_shipped_is_valid() {
     let short = examples.next().unwrap();
     let mut long = examples.next().unwrap();
     assert!(long.busy_poll.take().is_some());
+    assert!(long.napi_deferral.take().is_some());
     assert_eq!(short, long);
     assert_eq!(examples.next(), None);
 }

@@ -4,19 +4,20 @@
 mod packets;
 
 use etherparse::{Ipv4HeaderSlice, UdpHeaderSlice};
-use packets::{Inner, Tunnel, local_node, table_words};
+use packets::{Inner, NIC, Tunnel, table_words, vtep_mac};
 use ripstop_dataplane::forward;
 use ripstop_dataplane::table::Table;
-use ripstop_dataplane::verdict::{DropReason, FromHost, FromNic};
+use ripstop_dataplane::verdict::{DropReason, FromNic};
 
 fn from_nic(frame: &[u8]) -> FromNic {
     let words = table_words();
-    forward::from_nic(frame, &Table::attach(&words).unwrap())
+    forward::from_nic(frame, &Table::attach(&words, NIC).unwrap())
 }
 
-fn from_host(packet: &[u8]) -> FromHost {
+/// The frame that a packet from the host becomes.
+fn from_host(packet: &[u8]) -> Result<Vec<u8>, DropReason> {
     let words = table_words();
-    forward::from_host(packet, &Table::attach(&words).unwrap(), 77)
+    packets::sent(packet, &Table::attach(&words, NIC).unwrap())
 }
 
 #[test]
@@ -253,7 +254,7 @@ fn each_fault_has_its_own_reason() {
         (
             "inner from ourselves",
             Tunnel {
-                inner_source: local_node().vtep_mac,
+                inner_source: vtep_mac(1),
                 ..good()
             }
             .frame(),
@@ -570,17 +571,16 @@ fn outgoing() -> Inner {
 #[test]
 fn a_packet_for_a_peer_gets_the_header_of_a_kernel_vxlan_device() {
     for payload in [0, 1, 100, 1422] {
-        for (ecn, outer_ecn) in [(0, 0), (1, 1), (2, 2), (3, 2)] {
+        // RFC 6040 section 4.1, normal mode: the field is copied.
+        for ecn in [0, 1, 2, 3] {
             let packet = Inner {
                 payload,
                 tos: 0xb8 | ecn,
                 ..outgoing()
             }
             .packet();
-            let FromHost::Send(header) = from_host(&packet) else {
-                panic!("not sent")
-            };
-            let frame = [&header[..], &packet].concat();
+            let frame = from_host(&packet).unwrap();
+            assert_eq!(frame[64..], packet, "the packet itself");
             assert_eq!(frame[..6], [2, 0xee, 0, 0, 0, 2], "next hop");
             assert_eq!(frame[6..12], [2, 0xee, 0, 0, 0, 1], "our NIC");
             let ip = Ipv4HeaderSlice::from_slice(&frame[14..]).unwrap();
@@ -590,7 +590,7 @@ fn a_packet_for_a_peer_gets_the_header_of_a_kernel_vxlan_device() {
                 (ip.ttl(), ip.identification(), ip.dont_fragment()),
                 (64, 77, false)
             );
-            assert_eq!((ip.dcp().value(), ip.ecn().value()), (0, outer_ecn));
+            assert_eq!((ip.dcp().value(), ip.ecn().value()), (0, ecn));
             assert_eq!(
                 (ip.source(), ip.destination()),
                 ([10, 199, 0, 11], [10, 199, 0, 12])
@@ -612,12 +612,9 @@ fn a_packet_for_a_peer_gets_the_header_of_a_kernel_vxlan_device() {
 #[test]
 fn what_we_send_a_peer_accepts() {
     let words = packets::peer_table_words();
-    let peer = Table::attach(&words).unwrap();
+    let peer = Table::attach(&words, NIC).unwrap();
     let packet = outgoing().packet();
-    let FromHost::Send(header) = from_host(&packet) else {
-        panic!("not sent")
-    };
-    let frame = [&header[..], &packet].concat();
+    let frame = from_host(&packet).unwrap();
     let len = packet.len();
     assert_eq!(
         forward::from_nic(&frame, &peer),
@@ -631,9 +628,9 @@ fn what_we_send_a_peer_accepts() {
 
 #[test]
 fn flows_differ_in_source_port_and_fragments_of_a_datagram_do_not() {
-    let port = |inner: &Inner| match from_host(&inner.packet()) {
-        FromHost::Send(header) => u16::from_be_bytes([header[34], header[35]]),
-        FromHost::Drop(reason) => panic!("{reason:?}"),
+    let port = |inner: &Inner| {
+        let frame = from_host(&inner.packet()).unwrap();
+        u16::from_be_bytes([frame[34], frame[35]])
     };
     let of_flow = |number: u16| Inner {
         ports: (10_000 + number, 80),
@@ -675,7 +672,7 @@ fn flows_differ_in_source_port_and_fragments_of_a_datagram_do_not() {
 fn each_fault_of_the_host_has_its_own_reason() {
     let rows = [
         ("nothing", Vec::new(), DropReason::HostHeader),
-        ("IPv6", vec![0x60; 60], DropReason::HostNotIpv4),
+        ("version 5", vec![0x50; 60], DropReason::HostHeader),
         ("too short", vec![0x45; 19], DropReason::HostHeader),
         (
             "header of 16 bytes",
@@ -731,8 +728,26 @@ fn each_fault_of_the_host_has_its_own_reason() {
             .packet(),
             DropReason::TooBig,
         ),
+        (
+            "another node's pod as source",
+            Inner {
+                source: [10, 244, 2, 5],
+                ..outgoing()
+            }
+            .packet(),
+            DropReason::SourceNotLocal,
+        ),
+        (
+            "the node as source",
+            Inner {
+                source: [10, 199, 0, 11],
+                ..outgoing()
+            }
+            .packet(),
+            DropReason::SourceNotLocal,
+        ),
     ];
     for (what, packet, reason) in rows {
-        assert_eq!(from_host(&packet), FromHost::Drop(reason), "{what}");
+        assert_eq!(from_host(&packet), Err(reason), "{what}");
     }
 }

@@ -16,7 +16,7 @@ use ripstop_fib::{DropReason, Publisher, Reader, Region, Word, publish};
 
 const FRAMES: u32 = 256;
 const BURST: usize = 32;
-const SLOT_WORDS: usize = 1 << 16;
+const SLOT_WORDS: usize = 1 << 17;
 
 /// The memory that a worker looks at, and the publisher that writes it.
 struct Regions {
@@ -64,6 +64,7 @@ impl Regions {
             accepted: self.stats().accepted(),
             stats: self.stats(),
             index: 0,
+            ifindex: packets::NIC,
             burst: BURST,
         })
     }
@@ -272,6 +273,7 @@ fn a_full_transmit_side_slows_the_host_down_instead_of_losing_packets() {
     let (_, _, host) = worker.ports();
     host.incoming.extend((0..500).map(|_| {
         Inner {
+            source: [10, 244, 1, 5],
             destination: [10, 244, 2, 7],
             ..Inner::default()
         }

@@ -1,6 +1,7 @@
 //! What the kernel of a node or pod counted: protocol errors and interface packets.
 
 use core::fmt;
+use core::ops::AddAssign;
 use std::collections::BTreeMap;
 use std::fs;
 
@@ -9,15 +10,20 @@ use serde_json::Value;
 
 /// Counters that rise when a packet arrives with a wrong checksum or a wrong length. In a lab
 /// without attackers none of them may rise anywhere.
-const DAMAGE: [&str; 10] = [
+const DAMAGE: [&str; 15] = [
     "Icmp.InCsumErrors",
     "Icmp.InErrors",
+    "Icmp6.InCsumErrors",
+    "Icmp6.InErrors",
+    "Ip6.InHdrErrors",
+    "Ip6.InTruncatedPkts",
     "Ip.InHdrErrors",
     "IpExt.InCsumErrors",
     "IpExt.InTruncatedPkts",
     "Tcp.InCsumErrors",
     "Tcp.InErrs",
     "Udp.InCsumErrors",
+    "Udp6.InCsumErrors",
     "UdpLite.InCsumErrors",
     "UdpLite.InErrors",
 ];
@@ -29,13 +35,16 @@ pub struct KernelCounters {
 }
 
 impl KernelCounters {
-    /// Reads `snmp` and `netstat` of the namespace of the calling thread.
+    /// Reads `snmp`, `netstat` and `snmp6` of the namespace of the calling thread.
     pub(crate) fn read() -> Result<Self> {
         let mut values = BTreeMap::new();
         for file in ["snmp", "netstat"] {
             let path = format!("/proc/thread-self/net/{file}");
             parse(&fs::read_to_string(&path).context(path)?, &mut values);
         }
+        // A kernel without IPv6 does not have this one.
+        let six = fs::read_to_string("/proc/thread-self/net/snmp6").unwrap_or_default();
+        parse_6(&six, &mut values);
         Ok(Self { values })
     }
 
@@ -92,6 +101,19 @@ fn parse(text: &str, values: &mut BTreeMap<String, i64>) {
     }
 }
 
+/// A line for each: `Udp6InDatagrams 17`. They become `Udp6.InDatagrams` and so on.
+fn parse_6(text: &str, values: &mut BTreeMap<String, i64>) {
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        if let (Some(name), Some(number)) = (words.next(), words.next())
+            && let Some((protocol, name)) = name.split_once('6')
+            && let Ok(number) = number.parse()
+        {
+            values.insert(format!("{protocol}6.{name}"), number);
+        }
+    }
+}
+
 /// Packets and bytes that one interface has seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[expect(missing_docs, reason = "the names are those of ip -s link")]
@@ -104,6 +126,19 @@ pub struct LinkCounters {
     pub tx_bytes: u64,
     pub tx_errors: u64,
     pub tx_dropped: u64,
+}
+
+impl AddAssign for LinkCounters {
+    fn add_assign(&mut self, other: Self) {
+        self.rx_packets += other.rx_packets;
+        self.rx_bytes += other.rx_bytes;
+        self.rx_errors += other.rx_errors;
+        self.rx_dropped += other.rx_dropped;
+        self.tx_packets += other.tx_packets;
+        self.tx_bytes += other.tx_bytes;
+        self.tx_errors += other.tx_errors;
+        self.tx_dropped += other.tx_dropped;
+    }
 }
 
 impl LinkCounters {

@@ -4,7 +4,7 @@
 //! field says otherwise, so a test changes one thing and leaves the rest correct; and a frame that
 //! was captured and parsed says by `None` and [`UdpChecksum::Correct`] that its sender was right.
 
-use core::net::Ipv4Addr;
+use core::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context, Result, ensure};
 use etherparse::checksum::Sum16BitWords;
@@ -16,9 +16,9 @@ use etherparse::{
 use crate::address::{Mac, VXLAN_PORT};
 
 const ETHERTYPE_IPV4: u16 = 0x0800;
-const PROTOCOL_ICMP: u8 = 1;
-const PROTOCOL_TCP: u8 = 6;
-const PROTOCOL_UDP: u8 = 17;
+pub(crate) const PROTOCOL_ICMP: u8 = 1;
+pub(crate) const PROTOCOL_TCP: u8 = 6;
+pub(crate) const PROTOCOL_UDP: u8 = 17;
 const VXLAN_HEADER: usize = 8;
 
 /// An Ethernet header.
@@ -41,7 +41,7 @@ impl Ethernet {
         }
     }
 
-    fn encode(&self, payload: &[u8]) -> Vec<u8> {
+    pub(crate) fn encode(&self, payload: &[u8]) -> Vec<u8> {
         let header = Ethernet2Header {
             source: self.source.0,
             destination: self.destination.0,
@@ -50,7 +50,7 @@ impl Ethernet {
         [&header.to_bytes(), payload].concat()
     }
 
-    fn parse(bytes: &[u8]) -> Result<(Self, &[u8])> {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<(Self, &[u8])> {
         let (header, payload) = Ethernet2Header::from_slice(bytes).context("Ethernet header")?;
         let ethernet = Self {
             destination: Mac(header.destination),
@@ -145,7 +145,7 @@ impl Ipv4 {
     }
 
     /// Reads a packet. What follows the packet's own length (Ethernet's padding) is left out.
-    fn parse(bytes: &[u8]) -> Result<(Self, &[u8])> {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<(Self, &[u8])> {
         let (header, _rest) = Ipv4Header::from_slice(bytes).context("IPv4 header")?;
         let (start, end) = (header.header_len(), usize::from(header.total_len));
         let whole = start <= end && end <= bytes.len();
@@ -172,7 +172,7 @@ impl Ipv4 {
         Ok((ip, payload))
     }
 
-    fn is_whole(&self) -> bool {
+    pub(crate) fn is_whole(&self) -> bool {
         !self.more_fragments && self.fragment_offset == 0
     }
 }
@@ -211,6 +211,10 @@ impl Udp {
     }
 
     fn encode(&self, ip: &Ipv4, payload: &[u8]) -> Vec<u8> {
+        self.encode_between([ip.source.into(), ip.destination.into()], payload)
+    }
+
+    pub(crate) fn encode_between(&self, ends: [IpAddr; 2], payload: &[u8]) -> Vec<u8> {
         let right_length = u16::try_from(UdpHeader::LEN + payload.len()).unwrap_or(u16::MAX);
         let mut header = UdpHeader {
             source_port: self.source,
@@ -222,7 +226,7 @@ impl Udp {
             UdpChecksum::Correct => {
                 let unsummed = [&header.to_bytes(), payload].concat();
                 // A sum of zero is sent as all ones: zero means "no checksum" (RFC 768).
-                match transport_checksum(ip, PROTOCOL_UDP, &unsummed) {
+                match transport_checksum(ends, PROTOCOL_UDP, &unsummed) {
                     0 => 0xffff,
                     sum => sum,
                 }
@@ -234,10 +238,14 @@ impl Udp {
     }
 
     fn parse<'a>(ip: &Ipv4, bytes: &'a [u8]) -> Result<(Self, &'a [u8])> {
+        Self::parse_between([ip.source.into(), ip.destination.into()], bytes)
+    }
+
+    pub(crate) fn parse_between(ends: [IpAddr; 2], bytes: &[u8]) -> Result<(Self, &[u8])> {
         let (header, payload) = UdpHeader::from_slice(bytes).context("UDP header")?;
         let checksum = match header.checksum {
             0 => UdpChecksum::None,
-            _ if transport_checksum(ip, PROTOCOL_UDP, bytes) == 0 => UdpChecksum::Correct,
+            _ if transport_checksum(ends, PROTOCOL_UDP, bytes) == 0 => UdpChecksum::Correct,
             value => UdpChecksum::Wrong(value),
         };
         let udp = Self {
@@ -275,13 +283,13 @@ impl Vxlan {
         }
     }
 
-    fn encode(&self, payload: &[u8]) -> Vec<u8> {
+    pub(crate) fn encode(&self, payload: &[u8]) -> Vec<u8> {
         let [a, b, c] = self.reserved;
         let [_, x, y, z] = self.vni.to_be_bytes();
         [&[self.flags, a, b, c, x, y, z, self.reserved_last], payload].concat()
     }
 
-    fn parse(bytes: &[u8]) -> Result<(Self, &[u8])> {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<(Self, &[u8])> {
         ensure!(
             bytes.len() >= VXLAN_HEADER,
             "{} bytes are no VXLAN header",
@@ -405,83 +413,8 @@ impl VxlanFrame {
     }
 }
 
-/// What a receiver on a real wire would object to in a frame: longer than the MTU allows, a wrong
-/// length, a wrong or missing checksum; for VXLAN, in the inner packet as well. Empty when all is
-/// well. Only length is looked at in what is not IPv4.
-#[must_use]
-pub fn wire_faults(frame: &[u8], mtu: u16) -> Vec<String> {
-    let mut faults = Vec::new();
-    let bytes_max = usize::from(mtu) + Ethernet2Header::LEN;
-    if frame.len() > bytes_max {
-        faults.push(format!(
-            "{} bytes, at most {bytes_max} fit the wire",
-            frame.len()
-        ));
-    }
-    frame_faults("", frame, &mut faults);
-    faults
-}
-
-fn frame_faults(layer: &str, frame: &[u8], faults: &mut Vec<String>) {
-    match Ethernet::parse(frame) {
-        Ok((ethernet, packet)) if ethernet.ethertype == ETHERTYPE_IPV4 => {
-            packet_faults(layer, packet, faults);
-        }
-        Ok(_) => {}
-        Err(error) => faults.push(format!("{layer}{error:#}")),
-    }
-}
-
-fn packet_faults(layer: &str, packet: &[u8], faults: &mut Vec<String>) {
-    let (ip, segment) = match Ipv4::parse(packet) {
-        Ok(parsed) => parsed,
-        Err(error) => return faults.push(format!("{layer}{error:#}")),
-    };
-    let mut fault = |what: &str| {
-        faults.push(format!(
-            "{layer}{what} from {} to {}",
-            ip.source, ip.destination
-        ));
-    };
-    if let Some(length) = ip.total_length {
-        fault(&format!("IPv4 length {length} of {} bytes", packet.len()));
-    }
-    if ip.checksum.is_some() {
-        fault("wrong IPv4 checksum");
-    }
-    if !ip.is_whole() {
-        return;
-    }
-    match ip.protocol {
-        PROTOCOL_UDP => match Udp::parse(&ip, segment) {
-            Ok((udp, payload)) => {
-                if let Some(length) = udp.length {
-                    fault(&format!("UDP length {length} of {} bytes", segment.len()));
-                }
-                match udp.checksum {
-                    UdpChecksum::Correct => {}
-                    UdpChecksum::None => fault("no UDP checksum"),
-                    UdpChecksum::Wrong(_) => fault("wrong UDP checksum"),
-                }
-                if udp.destination == VXLAN_PORT && layer.is_empty() {
-                    match Vxlan::parse(payload) {
-                        Ok((_, inner)) => frame_faults("inner: ", inner, faults),
-                        Err(error) => fault(&format!("{error:#}")),
-                    }
-                }
-            }
-            Err(error) => fault(&format!("{error:#}")),
-        },
-        PROTOCOL_TCP if transport_checksum(&ip, PROTOCOL_TCP, segment) != 0 => {
-            fault("wrong TCP checksum");
-        }
-        PROTOCOL_ICMP if internet_checksum(segment) != 0 => fault("wrong ICMP checksum"),
-        _ => {}
-    }
-}
-
 /// The checksum of RFC 1071. Over bytes that contain their own right checksum it is 0.
-fn internet_checksum(bytes: &[u8]) -> u16 {
+pub(crate) fn internet_checksum(bytes: &[u8]) -> u16 {
     // The library sums in native byte order.
     Sum16BitWords::new()
         .add_slice(bytes)
@@ -489,13 +422,19 @@ fn internet_checksum(bytes: &[u8]) -> u16 {
         .to_be()
 }
 
-/// The checksum of UDP and TCP with their pseudo header.
-fn transport_checksum(ip: &Ipv4, protocol: u8, segment: &[u8]) -> u16 {
+/// The checksum of UDP, TCP and ICMPv6 with their pseudo header, between two addresses of one family.
+#[must_use]
+pub fn transport_checksum(ends: [IpAddr; 2], protocol: u8, segment: &[u8]) -> u16 {
+    // The pseudo header of IPv6 has wider fields, whose upper halves are zero.
     let length = u16::try_from(segment.len()).unwrap_or(u16::MAX);
-    Sum16BitWords::new()
-        .add_4bytes(ip.source.octets())
-        .add_4bytes(ip.destination.octets())
-        .add_2bytes([0, protocol])
+    let mut sum = Sum16BitWords::new();
+    for end in ends {
+        sum = match end {
+            IpAddr::V4(address) => sum.add_4bytes(address.octets()),
+            IpAddr::V6(address) => sum.add_16bytes(address.octets()),
+        };
+    }
+    sum.add_2bytes([0, protocol])
         .add_2bytes(length.to_be_bytes())
         .add_slice(segment)
         .ones_complement()
@@ -506,6 +445,7 @@ fn transport_checksum(ip: &Ipv4, protocol: u8, segment: &[u8]) -> u16 {
 mod tests {
     use super::*;
     use crate::address;
+    use crate::stack::wire_faults;
 
     /// A name, and what it does to a good frame.
     type Change = (&'static str, fn(&mut VxlanFrame));

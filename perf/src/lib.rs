@@ -24,19 +24,22 @@ mod frame;
 mod lab;
 mod netns;
 mod packet;
+mod stack;
 mod sys;
 mod traffic;
 
-pub use address::Mac;
+pub use address::{Family, Mac};
 pub use counters::{KernelCounters, LinkCounters};
-pub use frame::{Ethernet, Inner, Ipv4, Udp, UdpChecksum, Vxlan, VxlanFrame, wire_faults};
+pub use frame::{Ethernet, Inner, Ipv4, Udp, UdpChecksum, Vxlan, VxlanFrame, transport_checksum};
 pub use lab::{
-    Attacker, DETOUR_TABLE, Fabric, Host, Lab, LabBuilder, Lease, Leases, Node, NodeKind, Pod,
-    Workers, wait_until,
+    Attacker, Backend, DETOUR_TABLE, Fabric, Families, Host, Lab, LabBuilder, Lease, Leases, Node,
+    NodeKind, Pod, Workers, wait_until,
 };
 pub use netns::Netns;
 pub use packet::{Capture, Captured, CapturedFrame, Direction, Injector};
+pub use stack::{Frame, Header, Ipv6, icmp, icmp6, wire_faults};
 pub use traffic::{
     EchoReport, Mark, Ping, PingReport, TcpReport, TrafficGroup, TrafficHandle, TrafficReport,
-    UDP_PAYLOAD_MIN, UdpFlow, tcp_transfer, udp_echo, udp_payload_max,
+    UDP_PAYLOAD_MIN, UdpFlow, tcp_transfer, tcp_transfer_over, udp_echo, udp_echo_over,
+    udp_payload_max, udp_payload_max_over,
 };

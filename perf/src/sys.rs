@@ -10,11 +10,14 @@
 
 use core::ffi::c_int;
 use core::mem;
-use core::net::{Ipv4Addr, SocketAddrV4};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use core::ptr;
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use crate::address::Family;
 
 /// The most datagrams that one call sends or receives.
 pub(crate) const BATCH: usize = 64;
@@ -78,9 +81,101 @@ fn socket(domain: c_int, kind: c_int, protocol: c_int) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// A raw ICMP socket in the namespace of the calling thread.
-pub(crate) fn icmp_socket() -> io::Result<OwnedFd> {
-    socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP)
+/// A raw ICMP socket in the namespace of the calling thread. The checksums of ICMPv6 are the kernel's
+/// work, and what it receives comes without IP header.
+pub(crate) fn icmp_socket(family: Family) -> io::Result<OwnedFd> {
+    match family {
+        Family::Ipv4 => socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP),
+        Family::Ipv6 => socket(libc::AF_INET6, libc::SOCK_RAW, libc::IPPROTO_ICMPV6),
+    }
+}
+
+/// A raw IPv4 socket in the namespace of the calling thread that receives one protocol, and sends
+/// packets with headers of the sender's own making. It does not block.
+pub(crate) fn ipv4_socket(protocol: u8) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_RAW | libc::SOCK_NONBLOCK;
+    let fd = socket(libc::AF_INET, kind, protocol.into())?;
+    set_option(&fd, libc::IPPROTO_IP, libc::IP_HDRINCL, 1)?;
+    Ok(fd)
+}
+
+/// Sends one packet or datagram to an address. Raw sockets have no port: 0.
+pub(crate) fn send_to(
+    socket: impl AsFd,
+    bytes: &[u8],
+    destination: SocketAddrV4,
+) -> io::Result<usize> {
+    let address = socket_address(destination);
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: pointers and lengths describe `bytes` and `address`, which live across the call.
+    check_size(unsafe {
+        libc::sendto(
+            fd,
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            0,
+            (&raw const address).cast(),
+            length_of::<libc::sockaddr_in>(),
+        )
+    })
+}
+
+/// Makes a TUN device in the namespace of the calling thread: bare IP packets, no queues, no
+/// offloads. It goes when the descriptor is closed, which does not block.
+pub(crate) fn tun(name: &str) -> io::Result<OwnedFd> {
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
+    // SAFETY: ifreq is numbers and pointers, for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TUN | libc::IFF_NO_PI;
+    request.ifr_ifru.ifru_flags = i16::try_from(flags).unwrap_or_default();
+    let fd = file.as_raw_fd();
+    // SAFETY: TUNSETIFF reads and writes the ifreq, which is borrowed exclusively across the call.
+    check(unsafe { libc::ioctl(fd, libc::TUNSETIFF, &raw mut request) })?;
+    Ok(file.into())
+}
+
+/// Reads one packet from a TUN device.
+pub(crate) fn read(file: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
+    let fd = file.as_fd().as_raw_fd();
+    // SAFETY: the pointer and the length are those of `buffer`, which is borrowed exclusively.
+    check_size(unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) })
+}
+
+/// Writes one packet to a TUN device.
+pub(crate) fn write(file: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
+    let fd = file.as_fd().as_raw_fd();
+    // SAFETY: the pointer and the length are those of `bytes`.
+    check_size(unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) })
+}
+
+/// Waits until one of two descriptors can be read, at most so many milliseconds.
+pub(crate) fn wait_readable(
+    one: impl AsFd,
+    other: impl AsFd,
+    timeout_ms: c_int,
+) -> io::Result<bool> {
+    let entry = |fd: c_int| libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let mut entries = [
+        entry(one.as_fd().as_raw_fd()),
+        entry(other.as_fd().as_raw_fd()),
+    ];
+    // SAFETY: the pointer is to two entries, which are borrowed exclusively across the call.
+    let ready = check(unsafe { libc::poll(entries.as_mut_ptr(), 2, timeout_ms) })?;
+    Ok(ready > 0)
 }
 
 /// A packet socket bound to one interface of the calling thread's namespace. With `receive` it
@@ -153,13 +248,20 @@ pub(crate) fn set_receive_timeout(socket: impl AsFd, timeout_ms: i64) -> io::Res
 }
 
 /// Sets the don't-fragment bit on everything the socket sends; too long a packet is refused.
-pub(crate) fn set_dont_fragment(socket: impl AsFd) -> io::Result<()> {
-    set_option(
-        socket,
-        libc::IPPROTO_IP,
-        libc::IP_MTU_DISCOVER,
-        libc::IP_PMTUDISC_DO,
-    )
+pub(crate) fn set_dont_fragment(socket: impl AsFd, family: Family) -> io::Result<()> {
+    let (level, name, value) = match family {
+        Family::Ipv4 => (
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_DO,
+        ),
+        Family::Ipv6 => (
+            libc::IPPROTO_IPV6,
+            libc::IPV6_MTU_DISCOVER,
+            libc::IPV6_PMTUDISC_DO,
+        ),
+    };
+    set_option(socket, level, name, value)
 }
 
 /// Datagrams that the kernel threw away because the socket's buffer was full.
@@ -241,19 +343,57 @@ pub(crate) fn receive_frame(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<
     Ok((received, address.sll_pkttype == libc::PACKET_OUTGOING))
 }
 
-/// Connects a raw IPv4 socket, so that it receives only what that peer sends.
-pub(crate) fn connect(socket: impl AsFd, peer: SocketAddrV4) -> io::Result<()> {
-    let address = socket_address(peer);
+/// Connects a raw socket, so that it receives only what that peer sends.
+pub(crate) fn connect(socket: impl AsFd, peer: IpAddr) -> io::Result<()> {
+    let address = Address::of(SocketAddr::new(peer, 0));
     let fd = socket.as_fd().as_raw_fd();
     // SAFETY: the pointer and the length describe `address`, which lives across the call.
-    check(unsafe {
-        libc::connect(
-            fd,
-            (&raw const address).cast(),
-            length_of::<libc::sockaddr_in>(),
-        )
-    })
-    .map(drop)
+    check(unsafe { libc::connect(fd, (&raw const address.storage).cast(), address.length) })
+        .map(drop)
+}
+
+/// An address as the kernel wants it.
+#[derive(Clone, Copy)]
+struct Address {
+    storage: libc::sockaddr_in6,
+    length: libc::socklen_t,
+}
+
+impl Address {
+    fn of(address: SocketAddr) -> Self {
+        // SAFETY: sockaddr_in6 is plain numbers, for which all zeroes is a value.
+        let mut storage: libc::sockaddr_in6 = unsafe { mem::zeroed() };
+        match address {
+            SocketAddr::V4(address) => {
+                let four = socket_address(address);
+                // SAFETY: both are plain numbers, and the IPv4 form is the shorter and has no
+                // stricter alignment.
+                unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(four) };
+                Self {
+                    storage,
+                    length: length_of::<libc::sockaddr_in>(),
+                }
+            }
+            SocketAddr::V6(address) => {
+                storage.sin6_family = u16::try_from(libc::AF_INET6).unwrap_or_default();
+                storage.sin6_port = address.port().to_be();
+                storage.sin6_addr.s6_addr = address.ip().octets();
+                Self {
+                    storage,
+                    length: length_of::<libc::sockaddr_in6>(),
+                }
+            }
+        }
+    }
+
+    /// The address without its port.
+    fn ip(&self) -> IpAddr {
+        if i32::from(self.storage.sin6_family) == libc::AF_INET6 {
+            return Ipv6Addr::from(self.storage.sin6_addr.s6_addr).into();
+        }
+        // The IPv4 address stands where an IPv6 one has its flow label.
+        Ipv4Addr::from(self.storage.sin6_flowinfo.to_ne_bytes()).into()
+    }
 }
 
 fn socket_address(address: SocketAddrV4) -> libc::sockaddr_in {
@@ -276,10 +416,10 @@ fn empty_message() -> libc::mmsghdr {
 /// an error means that not even the first was.
 pub(crate) fn send_batch(
     socket: impl AsFd,
-    destination: SocketAddrV4,
+    destination: SocketAddr,
     datagrams: &[Vec<u8>],
 ) -> io::Result<usize> {
-    let mut address = socket_address(destination);
+    let mut address = Address::of(destination);
     let mut vectors = [libc::iovec {
         iov_base: ptr::null_mut(),
         iov_len: 0,
@@ -289,8 +429,8 @@ pub(crate) fn send_batch(
     for ((datagram, vector), message) in datagrams.iter().zip(&mut vectors).zip(&mut messages) {
         vector.iov_base = datagram.as_ptr().cast_mut().cast();
         vector.iov_len = datagram.len();
-        message.msg_hdr.msg_name = (&raw mut address).cast();
-        message.msg_hdr.msg_namelen = length_of::<libc::sockaddr_in>();
+        message.msg_hdr.msg_name = (&raw mut address.storage).cast();
+        message.msg_hdr.msg_namelen = address.length;
         message.msg_hdr.msg_iov = vector;
         message.msg_hdr.msg_iovlen = 1;
         count += 1;
@@ -306,7 +446,7 @@ pub(crate) fn send_batch(
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Arrival {
     pub(crate) length: usize,
-    pub(crate) source: Ipv4Addr,
+    pub(crate) source: IpAddr,
 }
 
 /// Waits for a datagram, then receives it and what else is there, up to the number of buffers or
@@ -320,7 +460,7 @@ pub(crate) fn receive_batch(
         iov_len: 0,
     }; BATCH];
     let mut messages = [empty_message(); BATCH];
-    let mut sources = [socket_address(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)); BATCH];
+    let mut sources = [Address::of((Ipv6Addr::UNSPECIFIED, 0).into()); BATCH];
     let mut count = 0;
     for (((buffer, vector), message), source) in buffers
         .iter_mut()
@@ -330,8 +470,8 @@ pub(crate) fn receive_batch(
     {
         vector.iov_base = buffer.as_mut_ptr().cast();
         vector.iov_len = buffer.len();
-        message.msg_hdr.msg_name = (&raw mut *source).cast();
-        message.msg_hdr.msg_namelen = length_of::<libc::sockaddr_in>();
+        message.msg_hdr.msg_name = (&raw mut source.storage).cast();
+        message.msg_hdr.msg_namelen = source.length;
         message.msg_hdr.msg_iov = vector;
         message.msg_hdr.msg_iovlen = 1;
         count += 1;
@@ -350,7 +490,7 @@ pub(crate) fn receive_batch(
     Ok(arrivals
         .map(|(message, source)| Arrival {
             length: usize::try_from(message.msg_len).unwrap_or_default(),
-            source: Ipv4Addr::from(source.sin_addr.s_addr.to_ne_bytes()),
+            source: source.ip(),
         })
         .collect())
 }

@@ -16,7 +16,7 @@
 )]
 
 use core::fmt::Write as _;
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
 use std::collections::BTreeSet;
 use std::fs;
@@ -76,6 +76,10 @@ impl Host for Moved<'_> {
         self.address
     }
 
+    fn address6(&self) -> Ipv6Addr {
+        self.pod.address6()
+    }
+
     fn name(&self) -> &str {
         self.pod.name()
     }
@@ -83,12 +87,8 @@ impl Host for Moved<'_> {
 
 /// What a plain Linux node has of flannel's, under a lease that may differ from the lab's own.
 fn program(lab: &Lab, node: &Node, lease: &Lease) -> Result<()> {
-    let vtep_ip = lease
-        .subnet
-        .split('/')
-        .next()
-        .context("subnet without length")?;
-    let (public_ip, mac) = (lease.public_ip, &lease.vtep_mac);
+    let (subnet, public_ip, mac) = parts(lease);
+    let (vtep_ip, _length) = subnet.split_once('/').context("subnet without length")?;
     let mut commands = vec![
         "ip link del flannel.1".to_owned(),
         format!(
@@ -114,6 +114,15 @@ fn program(lab: &Lab, node: &Node, lease: &Lease) -> Result<()> {
         ));
     }
     commands.iter().try_for_each(|command| run(node, command))
+}
+
+/// Subnet, underlay address and VTEP MAC of a lease, which all leases here have.
+fn parts(lease: &Lease) -> (&str, Ipv4Addr, &str) {
+    (
+        lease.subnet.as_deref().unwrap_or_default(),
+        lease.public_ip.unwrap_or(Ipv4Addr::UNSPECIFIED),
+        lease.vtep_mac.as_deref().unwrap_or_default(),
+    )
 }
 
 fn run(host: &dyn Host, command: &str) -> Result<()> {
@@ -142,13 +151,16 @@ fn standby(node: &Node) -> Result<[BTreeSet<String>; 3]> {
 
 fn standby_of(peers: &[&Lease]) -> [BTreeSet<String>; 3] {
     let set = |line: &dyn Fn(&Lease, &str) -> String| {
-        let of = |lease: &&Lease| line(lease, lease.subnet.split('/').next().unwrap_or_default());
+        let of = |lease: &&Lease| line(lease, parts(lease).0.split('/').next().unwrap_or_default());
         peers.iter().map(of).collect()
     };
     [
-        set(&|lease, vtep| format!("{} via {vtep} proto 82 onlink", lease.subnet)),
-        set(&|lease, vtep| format!("{vtep} lladdr {} PERMANENT", lease.vtep_mac)),
-        set(&|lease, _| format!("{} dst {} self permanent", lease.vtep_mac, lease.public_ip)),
+        set(&|lease, vtep| format!("{} via {vtep} proto 82 onlink", parts(lease).0)),
+        set(&|lease, vtep| format!("{vtep} lladdr {} PERMANENT", parts(lease).2)),
+        set(&|lease, _| {
+            let (_, public_ip, mac) = parts(lease);
+            format!("{mac} dst {public_ip} self permanent")
+        }),
     ]
 }
 
@@ -187,7 +199,7 @@ fn change(lab: &Lab, what: &str, lease: &Lease, pod: &dyn Host, until: Until) ->
         }
         first.iter().all(Option::is_some)
     })?;
-    let subnets: BTreeSet<String> = [address::subnet_prefix(2), lease.subnet.clone()].into();
+    let subnets: BTreeSet<String> = [address::subnet_prefix(2), parts(lease).0.to_owned()].into();
     wait_until(&format!("{what}: workers carry it"), PATIENCE, || {
         let detour = node.detour().unwrap_or_default();
         detour.into_iter().collect::<BTreeSet<_>>() == subnets
@@ -247,11 +259,11 @@ fn changed_leases_take_effect_and_disturb_nobody() -> Result<()> {
         let mut lease = Lease::of_node(3);
         change(lab, "a new lease", &lease, lab.pod(3, 0), Until::Unheard)?;
 
-        lease.vtep_mac = Mac([0x02, 0x52, 0x53, 0, 0, 0x33]).to_string();
+        lease.vtep_mac = Some(Mac([0x02, 0x52, 0x53, 0, 0, 0x33]).to_string());
         program(lab, newcomer, &lease)?;
         change(lab, "another VTEP MAC", &lease, lab.pod(3, 0), Until::Heard)?;
 
-        lease.public_ip = Ipv4Addr::new(10, 199, 0, 43);
+        lease.public_ip = Some(Ipv4Addr::new(10, 199, 0, 43));
         run(newcomer, "ip addr del 10.199.0.13/24 dev eth0")?;
         run(newcomer, "ip addr add 10.199.0.43/24 dev eth0")?;
         program(lab, newcomer, &lease)?;
@@ -263,7 +275,7 @@ fn changed_leases_take_effect_and_disturb_nobody() -> Result<()> {
             Until::Unheard,
         )?;
 
-        lease.subnet = "10.244.43.0/24".to_owned();
+        lease.subnet = Some("10.244.43.0/24".to_owned());
         run(newcomer, "ip addr add 10.244.43.1/24 dev cni0")?;
         run(lab.pod(3, 0), "ip addr add 10.244.43.2/24 dev eth0")?;
         program(lab, newcomer, &lease)?;
@@ -403,7 +415,7 @@ fn a_bad_lease_file_changes_nothing() -> Result<()> {
             (
                 "overlapping subnets",
                 with(Lease {
-                    subnet: "10.244.2.128/25".to_owned(),
+                    subnet: Some("10.244.2.128/25".to_owned()),
                     ..third.clone()
                 })?,
                 &[
@@ -424,7 +436,7 @@ fn a_bad_lease_file_changes_nothing() -> Result<()> {
             (
                 "one VTEP MAC twice",
                 with(Lease {
-                    vtep_mac: address::vtep_mac(2).to_string(),
+                    vtep_mac: Some(address::vtep_mac(2).to_string()),
                     ..third.clone()
                 })?,
                 &[
@@ -444,7 +456,7 @@ fn a_bad_lease_file_changes_nothing() -> Result<()> {
             (
                 "outside the pod network",
                 with(Lease {
-                    subnet: "10.245.3.0/24".to_owned(),
+                    subnet: Some("10.245.3.0/24".to_owned()),
                     ..third.clone()
                 })?,
                 &[
@@ -539,9 +551,12 @@ fn fifteen_thousand_leases_arrive_under_traffic() -> Result<()> {
             let [_, _, high, low] = number.to_be_bytes();
             leases.leases.push(Lease {
                 node: format!("far-{number}"),
-                public_ip: Ipv4Addr::from_bits(Ipv4Addr::new(172, 16, 0, 1).to_bits() + number),
-                subnet: format!("{subnet}/27"),
-                vtep_mac: Mac([0x02, 0x52, 0x53, 0x10, high, low]).to_string(),
+                public_ip: Some(Ipv4Addr::from_bits(
+                    Ipv4Addr::new(172, 16, 0, 1).to_bits() + number,
+                )),
+                subnet: Some(format!("{subnet}/27")),
+                vtep_mac: Some(Mac([0x02, 0x52, 0x53, 0x10, high, low]).to_string()),
+                ..Lease::default()
             });
         }
         let seen = node.controlplane_log().len();

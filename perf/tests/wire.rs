@@ -77,7 +77,7 @@ fn check_frame(lab: &Lab, from: u8, to: u8, bytes: &[u8]) -> Result<VxlanFrame> 
         inner: packet.inner.clone(),
         ..lab.tunnel_frame(from, to)
     };
-    expected.ip.tos = outer_tos(bytes[INNER + 1]);
+    expected.ip.tos = outer_tos(lab.node(from).kind(), bytes[INNER + 1]);
     let differences = differences(bytes, &expected.encode());
     ensure!(differences.is_empty(), "{differences:?} in {packet:?}");
     ensure!(
@@ -95,12 +95,13 @@ fn check_frame(lab: &Lab, from: u8, to: u8, bytes: &[u8]) -> Result<VxlanFrame> 
     Ok(packet)
 }
 
-/// What the kernel makes of an inner type-of-service octet: DSCP stays inside, ECN is passed on, and a congestion mark
-/// shows outside only as the ability to be marked (RFC 3168 section 9.1.1, full functionality).
-fn outer_tos(inner: u8) -> u8 {
-    match inner & ECN {
-        CONGESTION_EXPERIENCED => ECN_CAPABLE,
-        ecn => ecn,
+/// What a node makes of an inner type-of-service octet: DSCP stays inside, ECN is passed on. Ripstop copies a congestion
+/// mark as well (RFC 6040 section 4.1, normal mode); the kernel shows it outside only as the ability to be marked (RFC
+/// 3168 section 9.1.1, full functionality).
+fn outer_tos(kind: NodeKind, inner: u8) -> u8 {
+    match (kind, inner & ECN) {
+        (NodeKind::PlainLinux, CONGESTION_EXPERIENCED) => ECN_CAPABLE,
+        (_, ecn) => ecn,
     }
 }
 
@@ -254,11 +255,15 @@ fn send_from_pod(pod: &Pod, eth0: &Injector, frame: &VxlanFrame) -> Result<()> {
     eth0.send(&bytes)
 }
 
-/// The same packet with another sender.
+/// The same packet with another sender, who passes on congestion marks in its own way.
 fn as_if_from(lab: &Lab, packet: VxlanFrame, from: u8) -> VxlanFrame {
     let mut inner = packet.inner;
+    let mut tos = packet.ip.tos;
     match &mut inner {
-        Inner::Udp { ip, .. } | Inner::Ipv4 { ip, .. } => ip.source = address::pod(from, 0),
+        Inner::Udp { ip, .. } | Inner::Ipv4 { ip, .. } => {
+            ip.source = address::pod(from, 0);
+            tos = outer_tos(lab.node(from).kind(), ip.tos);
+        }
         Inner::Raw(_) => {}
     }
     let like = lab.tunnel_frame(from, TARGET);
@@ -266,6 +271,7 @@ fn as_if_from(lab: &Lab, packet: VxlanFrame, from: u8) -> VxlanFrame {
         ethernet: like.ethernet,
         ip: Ipv4 {
             source: like.ip.source,
+            tos,
             ..packet.ip
         },
         udp: packet.udp,

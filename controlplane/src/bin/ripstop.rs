@@ -46,7 +46,7 @@ enum Command {
         /// Even if a process of Ripstop's runs
         #[arg(long)]
         force: bool,
-        /// Also the kernel's VXLAN device with its routes, which flannel would leave: pods lose other nodes
+        /// Also the kernel's tunnel devices and plain routes, which flannel would leave: pods lose other nodes
         #[arg(long)]
         standby: bool,
     },

@@ -2,26 +2,31 @@
 //!
 //! ```json
 //! {"version": 1, "leases": [
-//!   {"node": "n1", "publicIP": "10.199.0.11", "subnet": "10.244.1.0/24", "vtepMAC": "02:52:53:00:00:01"}
+//!   {"node": "n1", "publicIP": "10.199.0.11", "subnet": "10.244.1.0/24", "vtepMAC": "02:52:53:00:00:01",
+//!    "publicIPv6": "fd00:199::11", "ipv6Subnet": "fd00:10:244:1::/64", "vtepMACv6": "02:52:53:00:06:01"}
 //! ]}
 //! ```
+//!
+//! Each family is optional as a whole; a VTEP MAC is needed for VXLAN only.
 //!
 //! [`parse`] is pure: bytes in, a checked [`LeaseSet`] or an error that names the entry and the fix out. The
 //! watcher looks at the *directory*, because editors and config maps replace files by rename, and reads again
 //! every few seconds in case an event was lost. A bad file never disturbs the set that is in force.
 
-use core::net::Ipv4Addr;
+use core::net::IpAddr;
 use core::time::Duration;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use super::{Lease, LeaseEvent, LeaseSet, LeaseSink, LeaseSource};
+use crate::family::{Family, PerFamily};
 use crate::mac::Mac;
+use crate::netconf::NetConf;
 use crate::sys::Inotify;
 
 /// How long a writer may be silent before the file is looked at without an event.
@@ -96,16 +101,75 @@ struct RawFile<'a> {
 struct RawLease<'a> {
     #[serde(borrow)]
     node: Cow<'a, str>,
-    #[serde(borrow, rename = "publicIP")]
-    public_ip: Cow<'a, str>,
-    #[serde(borrow)]
-    subnet: Cow<'a, str>,
-    #[serde(borrow, rename = "vtepMAC")]
-    vtep_mac: Cow<'a, str>,
+    #[serde(borrow, default, rename = "publicIP")]
+    public_ip: Text<'a>,
+    #[serde(borrow, default)]
+    subnet: Text<'a>,
+    #[serde(borrow, default, rename = "vtepMAC")]
+    vtep_mac: Text<'a>,
+    #[serde(borrow, default, rename = "publicIPv6")]
+    public_ip6: Text<'a>,
+    #[serde(borrow, default, rename = "ipv6Subnet")]
+    subnet6: Text<'a>,
+    #[serde(borrow, default, rename = "vtepMACv6")]
+    vtep_mac6: Text<'a>,
 }
 
-/// Reads and checks a lease file as seen by node `own_node` in the pod network `network`.
-pub fn parse(bytes: &[u8], own_node: &str, network: Ipv4Net) -> Result<LeaseSet, LeaseFileError> {
+/// A text that may be missing. Serde borrows through one type, not through an `Option` of it.
+#[derive(Deserialize, Default)]
+#[serde(from = "Option<Borrowed<'a>>")]
+struct Text<'a>(#[serde(borrow)] Option<Cow<'a, str>>);
+
+#[derive(Deserialize)]
+struct Borrowed<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl<'a> From<Option<Borrowed<'a>>> for Text<'a> {
+    fn from(text: Option<Borrowed<'a>>) -> Self {
+        Self(text.map(|Borrowed(text)| text))
+    }
+}
+
+/// The keys of one family.
+struct Keys {
+    family: Family,
+    public_ip: &'static str,
+    subnet: &'static str,
+    vtep_mac: &'static str,
+    network: &'static str,
+    switch: &'static str,
+    example_ip: &'static str,
+    example_subnet: &'static str,
+    /// The longest prefix that has room for pods.
+    prefix_max: u8,
+}
+
+const KEYS: [Keys; 2] = [
+    Keys {
+        family: Family::V4,
+        public_ip: "publicIP",
+        subnet: "subnet",
+        vtep_mac: "vtepMAC",
+        network: "Network",
+        switch: "EnableIPv4",
+        example_ip: "10.199.0.11",
+        example_subnet: "10.244.1.0/24",
+        prefix_max: 30,
+    },
+    Keys {
+        family: Family::V6,
+        public_ip: "publicIPv6",
+        subnet: "ipv6Subnet",
+        vtep_mac: "vtepMACv6",
+        network: "IPv6Network",
+        switch: "EnableIPv6",
+        example_ip: "fd00:199::11",
+        example_subnet: "fd00:10:244:1::/64",
+        prefix_max: 126,
+    },
+];
+
+/// Reads and checks a lease file as seen by node `own_node` in the network that `conf` describes.
+pub fn parse(bytes: &[u8], own_node: &str, conf: &NetConf) -> Result<LeaseSet, LeaseFileError> {
     let file: RawFile<'_> =
         serde_json::from_slice(bytes).map_err(|error| LeaseFileError::Json {
             line: error.line(),
@@ -115,28 +179,54 @@ pub fn parse(bytes: &[u8], own_node: &str, network: Ipv4Net) -> Result<LeaseSet,
     if let Some(version) = file.version.filter(|&version| version != 1) {
         return Err(LeaseFileError::Version(version));
     }
-    let mut leases = Vec::with_capacity(file.leases.len());
+    check_names(&file.leases)?;
+    let mut leases = Vec::with_capacity(file.leases.len() * conf.families().count());
     for (index, raw) in file.leases.iter().enumerate() {
-        let lease = check(raw, network).map_err(|problem| LeaseFileError::Entry {
+        let wrong = |problem| LeaseFileError::Entry {
             entry: index + 1,
             node: raw.node.to_string(),
             problem,
-        })?;
-        leases.push((index + 1, lease));
+        };
+        if raw.node.is_empty() {
+            return Err(wrong("\"node\" is empty: give the node's name".to_owned()));
+        }
+        let node: Arc<str> = raw.node.as_ref().into();
+        for keys in &KEYS {
+            let lease = check(raw, &node, keys, conf).map_err(wrong)?;
+            if lease.is_none() && raw.node == own_node && conf.network(keys.family).is_some() {
+                return Err(wrong(format!(
+                    "has no {:?}, but it is this node's and {} is on in net-conf.json: add {:?} and {:?}",
+                    keys.subnet, keys.family, keys.public_ip, keys.subnet
+                )));
+            }
+            leases.extend(lease.map(|lease| (index + 1, lease)));
+        }
+        if !leases.last().is_some_and(|(entry, _)| *entry == index + 1) {
+            return Err(wrong(
+                "has no subnet: give \"publicIP\" and \"subnet\", or \"publicIPv6\" and \"ipv6Subnet\"".to_owned(),
+            ));
+        }
     }
     check_unique(&mut leases)?;
     // check_unique leaves them sorted by subnet.
-    let Some(own) = leases.iter().position(|(_, lease)| lease.node == own_node) else {
+    let mut own = PerFamily::default();
+    let entries = file.leases.len();
+    let mut peers = Vec::with_capacity(leases.len());
+    for (_, lease) in leases {
+        if &*lease.node == own_node {
+            let family = lease.family();
+            *own.get_mut(family) = Some(lease);
+        } else {
+            peers.push(lease);
+        }
+    }
+    if own == PerFamily::default() {
         return Err(LeaseFileError::OwnNodeMissing {
             node: own_node.to_owned(),
-            entries: leases.len(),
+            entries,
         });
-    };
-    let (_, own) = leases.remove(own);
-    Ok(LeaseSet {
-        own,
-        peers: leases.into_iter().map(|(_, lease)| lease).collect(),
-    })
+    }
+    Ok(LeaseSet { own, peers })
 }
 
 /// serde_json ends its messages with the position, which the error carries in fields of its own.
@@ -147,72 +237,166 @@ fn without_position(message: &str) -> String {
     }
 }
 
-fn check(raw: &RawLease<'_>, network: Ipv4Net) -> Result<Lease, String> {
-    if raw.node.is_empty() {
-        return Err("\"node\" is empty: give the node's name".to_owned());
-    }
-    let public_ip: Ipv4Addr = raw.public_ip.parse().map_err(|_not_one| {
-        format!(
-            "\"publicIP\" is {:?}, not an IPv4 address: write one like \"10.199.0.11\"",
-            raw.public_ip
-        )
-    })?;
-    if public_ip.is_unspecified()
-        || public_ip.is_loopback()
-        || public_ip.is_multicast()
-        || public_ip.is_broadcast()
-    {
+/// One family of one entry; none where the entry has nothing of it.
+fn check(
+    raw: &RawLease<'_>,
+    node: &Arc<str>,
+    keys: &Keys,
+    conf: &NetConf,
+) -> Result<Option<Lease>, String> {
+    let (public_ip, subnet, vtep_mac) = match keys.family {
+        Family::V4 => (&raw.public_ip, &raw.subnet, &raw.vtep_mac),
+        Family::V6 => (&raw.public_ip6, &raw.subnet6, &raw.vtep_mac6),
+    };
+    let (Text(Some(public_ip)), Text(Some(subnet))) = (public_ip, subnet) else {
+        if public_ip.0.is_none() && subnet.0.is_none() && vtep_mac.0.is_none() {
+            return Ok(None);
+        }
+        let missing = if subnet.0.is_none() {
+            keys.subnet
+        } else {
+            keys.public_ip
+        };
         return Err(format!(
-            "\"publicIP\" {public_ip} cannot be the address of a node: use its underlay address"
+            "{missing:?} is missing: {:?} and {:?} belong together; add it, or remove what there is of {}",
+            keys.public_ip, keys.subnet, keys.family
+        ));
+    };
+    let family = keys.family;
+    let Some(network) = conf.network(family) else {
+        return Err(format!(
+            "{:?} is given, but {family} is off in net-conf.json: remove it, or set {:?}: true and {:?} there",
+            keys.subnet, keys.switch, keys.network
+        ));
+    };
+    let public_ip = address(public_ip, keys)?;
+    let subnet = prefix(subnet, keys, network)?;
+    if network.contains(&public_ip) {
+        return Err(format!(
+            "{:?} {public_ip} lies inside the pod network {network}: a tunnel to it would lead into itself; use the underlay address",
+            keys.public_ip
         ));
     }
-    let subnet: Ipv4Net = raw.subnet.parse().map_err(|_not_one| {
-        format!(
-            "\"subnet\" is {:?}, not an IPv4 prefix: write one like \"10.244.1.0/24\"",
-            raw.subnet
-        )
-    })?;
+    let vtep_mac = match (conf.backend.vxlan(), vtep_mac) {
+        (Some(_), Text(Some(text))) => Some(mac(text, keys)?),
+        (Some(_), Text(None)) => {
+            return Err(format!(
+                "{:?} is missing: the vxlan backend needs one, like \"02:52:53:00:00:01\"",
+                keys.vtep_mac
+            ));
+        }
+        (None, _) => None,
+    };
+    Ok(Some(Lease {
+        node: Arc::clone(node),
+        public_ip,
+        subnet,
+        vtep_mac,
+    }))
+}
+
+fn address(text: &str, keys: &Keys) -> Result<IpAddr, String> {
+    let key = keys.public_ip;
+    let address: Option<IpAddr> = text.parse().ok();
+    let address = address
+        .filter(|address| Family::of(*address) == keys.family)
+        .ok_or_else(|| {
+            format!(
+                "{key:?} is {text:?}, not an {} address: write one like {:?}",
+                keys.family, keys.example_ip
+            )
+        })?;
+    let is_broadcast = address == IpAddr::V4(core::net::Ipv4Addr::BROADCAST);
+    if address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_broadcast {
+        return Err(format!(
+            "{key:?} {address} cannot be the address of a node: use its underlay address"
+        ));
+    }
+    if let IpAddr::V6(address) = address
+        && (address.is_unicast_link_local() || address.to_ipv4_mapped().is_some())
+    {
+        return Err(format!(
+            "{key:?} {address} does not lead to one node from everywhere: use a global or unique local address"
+        ));
+    }
+    Ok(address)
+}
+
+fn prefix(text: &str, keys: &Keys, network: IpNet) -> Result<IpNet, String> {
+    let key = keys.subnet;
+    let subnet: Option<IpNet> = text.parse().ok();
+    let subnet = subnet
+        .filter(|subnet| Family::of_net(*subnet) == keys.family)
+        .ok_or_else(|| {
+            format!(
+                "{key:?} is {text:?}, not an {} prefix: write one like {:?}",
+                keys.family, keys.example_subnet
+            )
+        })?;
     if subnet.trunc() != subnet {
         return Err(format!(
-            "\"subnet\" {subnet} has host bits set: write {}",
+            "{key:?} {subnet} has host bits set: write {}",
             subnet.trunc()
         ));
     }
-    if subnet.prefix_len() > 30 {
+    if subnet.prefix_len() > keys.prefix_max {
         return Err(format!(
-            "\"subnet\" {subnet} has no room for pods: use a prefix of /30 or shorter"
+            "{key:?} {subnet} has no room for pods: use a prefix of /{} or shorter",
+            keys.prefix_max
         ));
     }
     if !network.contains(&subnet) {
         return Err(format!(
-            "\"subnet\" {subnet} is not inside the pod network {network} of net-conf.json"
+            "{key:?} {subnet} is not inside the pod network {network} of net-conf.json"
         ));
     }
-    if network.contains(&public_ip) {
-        return Err(format!(
-            "\"publicIP\" {public_ip} lies inside the pod network {network}: a tunnel to it would lead into itself; use the underlay address"
-        ));
-    }
-    let vtep_mac: Mac = raw
-        .vtep_mac
+    Ok(subnet)
+}
+
+fn mac(text: &str, keys: &Keys) -> Result<Mac, String> {
+    let key = keys.vtep_mac;
+    let mac: Mac = text
         .parse()
-        .map_err(|error| format!("\"vtepMAC\" is {:?}: {error}", raw.vtep_mac))?;
-    if vtep_mac.is_zero() || vtep_mac.is_multicast() {
+        .map_err(|error| format!("{key:?} is {text:?}: {error}"))?;
+    if mac.is_zero() || mac.is_multicast() {
         return Err(format!(
-            "\"vtepMAC\" {vtep_mac} is {}: use a unicast address, best a locally administered one (second digit 2, 6, a or e)",
-            if vtep_mac.is_zero() {
+            "{key:?} {mac} is {}: use a unicast address, best a locally administered one (second digit 2, 6, a or e)",
+            if mac.is_zero() {
                 "zero"
             } else {
                 "a group address"
             }
         ));
     }
-    Ok(Lease {
-        node: raw.node.to_string(),
-        public_ip,
-        subnet,
-        vtep_mac,
-    })
+    Ok(mac)
+}
+
+fn conflict(a: (usize, &str), b: (usize, &str), problem: String) -> LeaseFileError {
+    let (first, second) = if a.0 < b.0 { (a, b) } else { (b, a) };
+    LeaseFileError::Conflict {
+        first: first.0,
+        first_node: first.1.to_owned(),
+        second: second.0,
+        second_node: second.1.to_owned(),
+        problem,
+    }
+}
+
+fn check_names(entries: &[RawLease<'_>]) -> Result<(), LeaseFileError> {
+    let mut names: Vec<(&str, usize)> = entries
+        .iter()
+        .enumerate()
+        .map(|(index, raw)| (raw.node.as_ref(), index + 1))
+        .collect();
+    names.sort_unstable();
+    match names.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        Some(pair) => Err(conflict(
+            (pair[0].1, pair[0].0),
+            (pair[1].1, pair[1].0),
+            "name the same node: a node has one lease; remove one or correct its name".to_owned(),
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Finds entries that contradict each other, by sorting; leaves the entries sorted by subnet.
@@ -222,30 +406,18 @@ fn check_unique(leases: &mut [(usize, Lease)]) -> Result<(), LeaseFileError> {
         for pair in leases.windows(2) {
             let [a, b] = pair else { continue };
             if let Some(problem) = problem(&a.1, &b.1) {
-                let (first, second) = if a.0 < b.0 { (a, b) } else { (b, a) };
-                return Err(LeaseFileError::Conflict {
-                    first: first.0,
-                    first_node: first.1.node.clone(),
-                    second: second.0,
-                    second_node: second.1.node.clone(),
-                    problem,
-                });
+                return Err(conflict((a.0, &a.1.node), (b.0, &b.1.node), problem));
             }
         }
         Ok(())
     };
-    leases.sort_unstable_by(|a, b| a.1.node.cmp(&b.1.node).then(a.0.cmp(&b.0)));
+    // The families have devices, and so forwarding entries, of their own.
+    leases.sort_unstable_by_key(|(entry, lease)| (lease.family(), lease.vtep_mac, *entry));
     adjacent(leases, &|a, b| {
-        (a.node == b.node).then(|| {
-            "name the same node: a node has one lease; remove one or correct its name".to_owned()
-        })
-    })?;
-    leases.sort_unstable_by_key(|(entry, lease)| (lease.vtep_mac, *entry));
-    adjacent(leases, &|a, b| {
-        (a.vtep_mac == b.vtep_mac).then(|| {
+        let mac = a.vtep_mac?;
+        (a.vtep_mac == b.vtep_mac && a.family() == b.family()).then(|| {
             format!(
-                "have the same VTEP MAC {}: one forwarding entry cannot serve two nodes; give each its own",
-                a.vtep_mac
+                "have the same VTEP MAC {mac}: one forwarding entry cannot serve two nodes; give each its own"
             )
         })
     })?;
@@ -275,22 +447,18 @@ fn check_unique(leases: &mut [(usize, Lease)]) -> Result<(), LeaseFileError> {
 pub struct FileSource {
     path: PathBuf,
     node: String,
-    network: Ipv4Net,
+    conf: NetConf,
 }
 
 impl FileSource {
-    /// A source that reads `path` for node `node`, whose pods live in `network`.
-    pub fn new(path: PathBuf, node: String, network: Ipv4Net) -> Self {
-        Self {
-            path,
-            node,
-            network,
-        }
+    /// A source that reads `path` for node `node`, whose pods live in the networks of `conf`.
+    pub fn new(path: PathBuf, node: String, conf: NetConf) -> Self {
+        Self { path, node, conf }
     }
 
     fn read(&self) -> Result<(Vec<u8>, Result<LeaseSet, LeaseFileError>), std::io::Error> {
         let bytes = std::fs::read(&self.path)?;
-        let leases = parse(&bytes, &self.node, self.network);
+        let leases = parse(&bytes, &self.node, &self.conf);
         Ok((bytes, leases))
     }
 }
@@ -385,7 +553,19 @@ mod tests {
     use super::*;
     use core::fmt::Write as _;
 
-    const NETWORK: &str = "10.244.0.0/16";
+    fn conf(text: &str) -> NetConf {
+        NetConf::parse(text.as_bytes()).unwrap()
+    }
+
+    fn vxlan() -> NetConf {
+        conf(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#)
+    }
+
+    fn dual(backend: &str) -> NetConf {
+        conf(&format!(
+            r#"{{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{{"Type":"{backend}"}}}}"#
+        ))
+    }
 
     fn entry(node: &str, ip: &str, subnet: &str, mac: &str) -> String {
         format!(r#"{{"node":"{node}","publicIP":"{ip}","subnet":"{subnet}","vtepMAC":"{mac}"}}"#)
@@ -393,7 +573,7 @@ mod tests {
 
     fn parse_entries(entries: &[String]) -> Result<LeaseSet, LeaseFileError> {
         let text = format!(r#"{{"leases":[{}]}}"#, entries.join(","));
-        parse(text.as_bytes(), "n1", NETWORK.parse().unwrap())
+        parse(text.as_bytes(), "n1", &vxlan())
     }
 
     fn own() -> String {
@@ -408,15 +588,17 @@ mod tests {
             entry("n2", "10.199.0.12", "10.244.2.0/24", "02:52:53:00:00:02"),
         ])
         .unwrap();
-        assert_eq!(set.own.node, "n1");
-        assert_eq!(set.own.vtep_ip(), Ipv4Addr::new(10, 244, 1, 0));
-        let nodes: Vec<_> = set.peers.iter().map(|lease| lease.node.as_str()).collect();
+        let own = set.own(Family::V4).unwrap();
+        assert_eq!(&*own.node, "n1");
+        assert_eq!(own.vtep_ip(), "10.244.1.0".parse::<IpAddr>().unwrap());
+        assert_eq!((set.own(Family::V6), set.count()), (None, 3));
+        let nodes: Vec<_> = set.peers.iter().map(|lease| &*lease.node).collect();
         assert_eq!(nodes, ["n2", "n3"]);
     }
 
     #[test]
     fn version_one_is_accepted_and_others_are_not() {
-        let network = NETWORK.parse().unwrap();
+        let network = &vxlan();
         let text = format!(r#"{{"version":1,"leases":[{}]}}"#, own());
         assert!(parse(text.as_bytes(), "n1", network).is_ok());
         let text = format!(r#"{{"version":2,"leases":[{}]}}"#, own());
@@ -520,6 +702,135 @@ mod tests {
         }
     }
 
+    /// The IPv6 half of an entry.
+    fn with_v6(entry: &str, ip: &str, subnet: &str, mac: &str) -> String {
+        let entry = entry.trim_end_matches('}');
+        format!(r#"{entry},"publicIPv6":"{ip}","ipv6Subnet":"{subnet}","vtepMACv6":"{mac}"}}"#)
+    }
+
+    fn own_dual() -> String {
+        with_v6(
+            &own(),
+            "fd00:199::11",
+            "fd00:10:244:1::/64",
+            "02:52:53:00:06:01",
+        )
+    }
+
+    #[test]
+    fn both_families_of_a_node_are_leases_of_their_own() {
+        // The MAC of one family may appear in the other: the devices are not the same.
+        let peer = with_v6(
+            &entry("n2", "10.199.0.12", "10.244.2.0/24", "02:52:53:00:00:02"),
+            "fd00:199::12",
+            "fd00:10:244:2::/64",
+            "02:52:53:00:00:01",
+        );
+        let four = entry("n3", "10.199.0.13", "10.244.3.0/24", "02:52:53:00:00:03");
+        let text = format!(r#"{{"leases":[{peer},{},{four}]}}"#, own_dual());
+        let set = parse(text.as_bytes(), "n1", &dual("vxlan")).unwrap();
+        assert_eq!(set.count(), 5);
+        let nodes = |family| -> Vec<_> {
+            let nodes = set.peers(family).map(|lease| lease.node.to_string());
+            nodes.collect()
+        };
+        assert_eq!(nodes(Family::V4), ["n2", "n3"]);
+        assert_eq!(nodes(Family::V6), ["n2"]);
+        let own = set.own(Family::V6).unwrap();
+        assert_eq!(own.public_ip, "fd00:199::11".parse::<IpAddr>().unwrap());
+        assert_eq!(own.vtep_mac, Some(Mac([2, 0x52, 0x53, 0, 6, 1])));
+    }
+
+    #[test]
+    fn other_backends_need_no_mac_and_ignore_one() {
+        let text = r#"{"leases":[{"node":"n1","publicIP":"10.199.0.11","subnet":"10.244.1.0/24"},
+            {"node":"n2","publicIP":"10.199.0.12","subnet":"10.244.2.0/24","vtepMAC":"zz"}]}"#;
+        let error = parse(text.as_bytes(), "n1", &vxlan())
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("\"vtepMAC\" is missing"), "{error}");
+        let conf = conf(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"ipip"}}"#);
+        let set = parse(text.as_bytes(), "n1", &conf).unwrap();
+        assert_eq!((set.count(), set.peers[0].vtep_mac), (2, None));
+    }
+
+    #[test]
+    fn families_must_agree_with_the_configuration() {
+        let mac = "02:52:53:00:06:02";
+        let peer = |ip: &str, subnet: &str| {
+            let four = entry("n2", "10.199.0.12", "10.244.2.0/24", "02:52:53:00:00:02");
+            with_v6(&four, ip, subnet, mac)
+        };
+        let cases: &[(&str, NetConf, Vec<String>, &[&str])] = &[
+            (
+                "own half missing",
+                dual("vxlan"),
+                vec![own()],
+                &["entry 1", "ipv6Subnet", "IPv6 is on"],
+            ),
+            (
+                "family off",
+                vxlan(),
+                vec![own_dual()],
+                &["entry 1", "IPv6 is off", "EnableIPv6"],
+            ),
+            (
+                "half a family",
+                dual("vxlan"),
+                vec![
+                    own_dual(),
+                    r#"{"node":"n2","publicIPv6":"fd00:199::12"}"#.to_owned(),
+                ],
+                &["entry 2", "\"ipv6Subnet\" is missing"],
+            ),
+            (
+                "nothing",
+                dual("vxlan"),
+                vec![own_dual(), r#"{"node":"n2"}"#.to_owned()],
+                &["entry 2", "has no subnet"],
+            ),
+            (
+                "v4 in v6",
+                dual("vxlan"),
+                vec![own_dual(), peer("10.1.1.1", "fd00:10:244:2::/64")],
+                &["entry 2", "publicIPv6", "not an IPv6 address"],
+            ),
+            (
+                "link-local",
+                dual("vxlan"),
+                vec![own_dual(), peer("fe80::1", "fd00:10:244:2::/64")],
+                &["entry 2", "publicIPv6", "global"],
+            ),
+            (
+                "outside",
+                dual("vxlan"),
+                vec![own_dual(), peer("fd00:199::12", "fd00:10:245:2::/64")],
+                &["entry 2", "ipv6Subnet", "fd00:10:244::/48"],
+            ),
+            (
+                "overlap",
+                dual("vxlan"),
+                vec![own_dual(), peer("fd00:199::12", "fd00:10:244:1:8000::/65")],
+                &["entries 1", "and 2", "overlap"],
+            ),
+            (
+                "in the pod network",
+                dual("vxlan"),
+                vec![own_dual(), peer("fd00:10:244:9::1", "fd00:10:244:2::/64")],
+                &["entry 2", "inside the pod network"],
+            ),
+        ];
+        for (name, conf, entries, wanted) in cases {
+            let text = format!(r#"{{"leases":[{}]}}"#, entries.join(","));
+            let error = parse(text.as_bytes(), "n1", conf)
+                .expect_err(name)
+                .to_string();
+            for part in *wanted {
+                assert!(error.contains(part), "{name}: {error:?} lacks {part:?}");
+            }
+        }
+    }
+
     #[test]
     fn an_overlap_is_found_across_entries_between() {
         let set = parse_entries(&[
@@ -545,7 +856,7 @@ mod tests {
     fn every_prefix_of_a_good_file_is_an_error() {
         let text = format!(r#"{{"leases":[{}]}}"#, own());
         for end in 0..text.len() {
-            let error = parse(&text.as_bytes()[..end], "n1", NETWORK.parse().unwrap());
+            let error = parse(&text.as_bytes()[..end], "n1", &vxlan());
             assert!(
                 matches!(error, Err(LeaseFileError::Json { .. })),
                 "{end}: {error:?}"
@@ -555,7 +866,7 @@ mod tests {
 
     #[test]
     fn unknown_keys_and_trailing_text_are_refused() {
-        let network = NETWORK.parse().unwrap();
+        let network = &vxlan();
         for text in [
             r#"{"leases":[],"extra":1}"#,
             r#"{"leases":[{"node":"n1","publicIP":"10.199.0.11","subnet":"10.244.1.0/24","vtepMAC":"02:52:53:00:00:01","mtu":1}]}"#,
@@ -585,9 +896,9 @@ mod tests {
             );
         }
         text.push_str("]}");
-        let network = "10.0.0.0/8".parse().unwrap();
+        let conf = conf(r#"{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}"#);
         let start = Instant::now();
-        let set = parse(text.as_bytes(), "node-7", network).unwrap();
+        let set = parse(text.as_bytes(), "node-7", &conf).unwrap();
         println!("15,000 leases parsed and checked in {:?}", start.elapsed());
         assert_eq!(set.peers.len(), 14_999);
     }
@@ -604,11 +915,7 @@ mod tests {
         replace(&format!(r#"{{"leases":[{}]}}"#, own()));
         let (queue, events) = crossbeam::channel::unbounded();
         let sink = LeaseSink::new(queue, Arc::new(Wake::new().unwrap()));
-        let source = Box::new(FileSource::new(
-            path.clone(),
-            "n1".to_owned(),
-            NETWORK.parse().unwrap(),
-        ));
+        let source = Box::new(FileSource::new(path.clone(), "n1".to_owned(), vxlan()));
         let thread = std::thread::spawn(move || source.run(&sink));
         let next = || events.recv_timeout(Duration::from_secs(10)).unwrap();
         assert!(matches!(next(), LeaseEvent::Set { .. }));
@@ -642,7 +949,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = parse(&bytes, "n1", NETWORK.parse().unwrap());
+            let _ = parse(&bytes, "n1", &vxlan());
         }
 
         #[test]
@@ -650,7 +957,7 @@ mod tests {
             node in ".{0,8}", ip in "[0-9.]{0,15}", subnet in "[0-9./]{0,18}", mac in "[0-9a-f:é]{0,18}"
         ) {
             let text = serde_json::json!({"leases":[{"node":node,"publicIP":ip,"subnet":subnet,"vtepMAC":mac}]});
-            let _ = parse(text.to_string().as_bytes(), "n1", NETWORK.parse().unwrap());
+            let _ = parse(text.to_string().as_bytes(), "n1", &vxlan());
         }
     }
 }

@@ -5,45 +5,70 @@
 
 pub mod file;
 
-use core::net::Ipv4Addr;
+use core::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam::channel::Sender;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
+use crate::family::{Family, PerFamily};
 use crate::mac::Mac;
 use crate::sys::Wake;
 
-/// One node's claim on a pod subnet, with what others need to reach it.
+/// One node's claim on a pod subnet of one address family, with what others need to reach it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lease {
-    /// Name of the node.
-    pub node: String,
+    /// Name of the node, which has a lease in each family.
+    pub node: Arc<str>,
     /// Address of the node on the underlay: the outer address of its tunnel packets.
-    pub public_ip: Ipv4Addr,
-    /// Pod subnet, host bits clear.
-    pub subnet: Ipv4Net,
-    /// Ethernet address of the node's tunnel end point.
-    pub vtep_mac: Mac,
+    pub public_ip: IpAddr,
+    /// Pod subnet, host bits clear; of the same family as the address.
+    pub subnet: IpNet,
+    /// Ethernet address of the node's tunnel end point; VXLAN alone has one.
+    pub vtep_mac: Option<Mac>,
 }
 
 impl Lease {
-    /// The node's own address in its subnet (`.0`): address of its VXLAN device and source of its host traffic.
-    pub fn vtep_ip(&self) -> Ipv4Addr {
+    /// The node's own address in its subnet (`.0`): address of its tunnel device and source of its host traffic.
+    pub fn vtep_ip(&self) -> IpAddr {
         self.subnet.network()
+    }
+
+    /// Its address family.
+    pub fn family(&self) -> Family {
+        Family::of_net(self.subnet)
     }
 }
 
-/// A complete, checked view of the cluster: our own lease and everyone else's, sorted by subnet.
+/// A complete, checked view of the cluster: our own leases and everyone else's, sorted by subnet.
 ///
 /// Holding one means that no two subnets overlap and no VTEP MAC, node name or own identity is doubtful.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseSet {
-    /// This node's lease.
-    pub own: Lease,
-    /// All other leases, sorted by subnet.
+    /// This node's leases: one for each family that is on.
+    pub own: PerFamily<Option<Lease>>,
+    /// All other leases, sorted by subnet, IPv4 first.
     pub peers: Vec<Lease>,
+}
+
+impl LeaseSet {
+    /// This node's lease of a family.
+    pub fn own(&self, family: Family) -> Option<&Lease> {
+        self.own.get(family).as_ref()
+    }
+
+    /// The other nodes' leases of a family.
+    pub fn peers(&self, family: Family) -> impl Iterator<Item = &Lease> {
+        self.peers
+            .iter()
+            .filter(move |lease| lease.family() == family)
+    }
+
+    /// Number of leases, our own included.
+    pub fn count(&self) -> usize {
+        self.peers.len() + self.own.iter().filter(|(_, own)| own.is_some()).count()
+    }
 }
 
 /// What a source reports.

@@ -1,26 +1,28 @@
 //! The kernel objects that the control plane looks at and changes: links, addresses, routes, rules, neighbours
 //! and VXLAN forwarding entries; how each is read, and the requests that change them.
 
-use core::net::Ipv4Addr;
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use netlink_packet_core::{NLA_ALIGNTO, NLA_HEADER_SIZE, NLA_TYPE_MASK};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
-use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoData, InfoIpTunnel, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    TunnelEncapFlags, TunnelEncapType,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
-    RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+    RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 
 use super::{Netlink, NetlinkError, Request};
+use crate::family::Family;
 use crate::mac::Mac;
 
 pub(crate) const RTM_NEWLINK: u16 = 16;
@@ -34,11 +36,17 @@ pub(crate) const RTM_DELNEIGH: u16 = 29;
 pub(crate) const RTM_NEWRULE: u16 = 32;
 pub(crate) const RTM_DELRULE: u16 = 33;
 
-/// Attribute numbers of the kernel's headers (if_link.h, if_addr.h, rtnetlink.h, neighbour.h, fib_rules.h).
+/// Metric that the kernel gives an IPv6 route for which none is asked (`IP6_RT_PRIO_USER`).
+pub const METRIC_V6_DEFAULT: u32 = 1024;
+
+/// Attribute numbers of the kernel's headers (if_link.h, if_tunnel.h, if_addr.h, rtnetlink.h, neighbour.h,
+/// fib_rules.h).
 mod attribute {
     pub(super) const IFLA_ADDRESS: u16 = 1;
     pub(super) const IFLA_IFNAME: u16 = 3;
     pub(super) const IFLA_MTU: u16 = 4;
+    pub(super) const IFLA_LINK: u16 = 5;
+    pub(super) const IFLA_MASTER: u16 = 10;
     pub(super) const IFLA_LINKINFO: u16 = 18;
     pub(super) const IFLA_INFO_KIND: u16 = 1;
     pub(super) const IFLA_INFO_DATA: u16 = 2;
@@ -46,11 +54,28 @@ mod attribute {
     pub(super) const IFLA_VXLAN_GROUP: u16 = 2;
     pub(super) const IFLA_VXLAN_LINK: u16 = 3;
     pub(super) const IFLA_VXLAN_LOCAL: u16 = 4;
+    pub(super) const IFLA_VXLAN_TOS: u16 = 6;
     pub(super) const IFLA_VXLAN_LEARNING: u16 = 7;
     pub(super) const IFLA_VXLAN_L2MISS: u16 = 13;
     pub(super) const IFLA_VXLAN_PORT: u16 = 15;
+    pub(super) const IFLA_VXLAN_GROUP6: u16 = 16;
+    pub(super) const IFLA_VXLAN_LOCAL6: u16 = 17;
+    pub(super) const IFLA_VXLAN_UDP_ZERO_CSUM6_TX: u16 = 19;
+    pub(super) const IFLA_VXLAN_UDP_ZERO_CSUM6_RX: u16 = 20;
     pub(super) const IFLA_VXLAN_GBP: u16 = 23;
     pub(super) const IFLA_VXLAN_COLLECT_METADATA: u16 = 25;
+    pub(super) const IFLA_IPTUN_LOCAL: u16 = 2;
+    pub(super) const IFLA_IPTUN_REMOTE: u16 = 3;
+    pub(super) const IFLA_IPTUN_TTL: u16 = 4;
+    pub(super) const IFLA_IPTUN_TOS: u16 = 5;
+    pub(super) const IFLA_IPTUN_PMTUDISC: u16 = 10;
+    pub(super) const IFLA_IPTUN_ENCAP_TYPE: u16 = 15;
+    pub(super) const IFLA_IPTUN_ENCAP_SPORT: u16 = 17;
+    pub(super) const IFLA_IPTUN_ENCAP_DPORT: u16 = 18;
+    pub(super) const IFLA_IPTUN_COLLECT_METADATA: u16 = 19;
+    pub(super) const IFLA_VLAN_ID: u16 = 1;
+    pub(super) const IFLA_BOND_MODE: u16 = 1;
+    pub(super) const IFLA_BOND_ACTIVE_SLAVE: u16 = 2;
     pub(super) const IFA_ADDRESS: u16 = 1;
     pub(super) const IFA_LOCAL: u16 = 2;
     pub(super) const IFA_FLAGS: u16 = 8;
@@ -59,19 +84,31 @@ mod attribute {
     pub(super) const RTA_GATEWAY: u16 = 5;
     pub(super) const RTA_PRIORITY: u16 = 6;
     pub(super) const RTA_PREFSRC: u16 = 7;
+    pub(super) const RTA_METRICS: u16 = 8;
+    pub(super) const RTA_MULTIPATH: u16 = 9;
     pub(super) const RTA_TABLE: u16 = 15;
+    pub(super) const RTA_VIA: u16 = 18;
+    pub(super) const RTAX_MTU: u16 = 2;
     pub(super) const NDA_DST: u16 = 1;
     pub(super) const NDA_LLADDR: u16 = 2;
+    pub(super) const FRA_SRC: u16 = 2;
     pub(super) const FRA_PRIORITY: u16 = 6;
+    pub(super) const FRA_FWMARK: u16 = 10;
     pub(super) const FRA_TABLE: u16 = 15;
+    pub(super) const FRA_FWMASK: u16 = 16;
     pub(super) const FRA_PROTOCOL: u16 = 21;
 }
 use attribute::{
-    FRA_PRIORITY, FRA_PROTOCOL, FRA_TABLE, IFA_ADDRESS, IFA_FLAGS, IFA_LOCAL, IFLA_ADDRESS,
-    IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MTU,
-    IFLA_VXLAN_COLLECT_METADATA, IFLA_VXLAN_GBP, IFLA_VXLAN_GROUP, IFLA_VXLAN_ID,
-    IFLA_VXLAN_L2MISS, IFLA_VXLAN_LEARNING, IFLA_VXLAN_LINK, IFLA_VXLAN_LOCAL, IFLA_VXLAN_PORT,
-    NDA_DST, NDA_LLADDR, RTA_DST, RTA_GATEWAY, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE,
+    FRA_FWMARK, FRA_FWMASK, FRA_PRIORITY, FRA_PROTOCOL, FRA_SRC, FRA_TABLE, IFA_ADDRESS, IFA_FLAGS,
+    IFA_LOCAL, IFLA_ADDRESS, IFLA_BOND_ACTIVE_SLAVE, IFLA_BOND_MODE, IFLA_IFNAME, IFLA_INFO_DATA,
+    IFLA_INFO_KIND, IFLA_IPTUN_COLLECT_METADATA, IFLA_IPTUN_ENCAP_DPORT, IFLA_IPTUN_ENCAP_SPORT,
+    IFLA_IPTUN_ENCAP_TYPE, IFLA_IPTUN_LOCAL, IFLA_IPTUN_PMTUDISC, IFLA_IPTUN_REMOTE,
+    IFLA_IPTUN_TOS, IFLA_IPTUN_TTL, IFLA_LINK, IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_VLAN_ID,
+    IFLA_VXLAN_COLLECT_METADATA, IFLA_VXLAN_GBP, IFLA_VXLAN_GROUP, IFLA_VXLAN_GROUP6,
+    IFLA_VXLAN_ID, IFLA_VXLAN_L2MISS, IFLA_VXLAN_LEARNING, IFLA_VXLAN_LINK, IFLA_VXLAN_LOCAL,
+    IFLA_VXLAN_LOCAL6, IFLA_VXLAN_PORT, IFLA_VXLAN_TOS, IFLA_VXLAN_UDP_ZERO_CSUM6_RX,
+    IFLA_VXLAN_UDP_ZERO_CSUM6_TX, NDA_DST, NDA_LLADDR, RTA_DST, RTA_GATEWAY, RTA_METRICS,
+    RTA_MULTIPATH, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE, RTA_VIA, RTAX_MTU,
 };
 
 pub(crate) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
@@ -103,12 +140,31 @@ pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
     })
 }
 
-fn ipv4(bytes: &[u8]) -> Option<Ipv4Addr> {
-    <[u8; 4]>::try_from(bytes).ok().map(Ipv4Addr::from)
+/// Reads an address of either family, told apart by its length.
+fn ip(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes)
+            .ok()
+            .map(|bytes| Ipv4Addr::from(bytes).into()),
+        16 => <[u8; 16]>::try_from(bytes)
+            .ok()
+            .map(|bytes| Ipv6Addr::from(bytes).into()),
+        _ => None,
+    }
+}
+
+/// The same, where the kernel writes zeros for "none".
+fn some_ip(bytes: &[u8]) -> Option<IpAddr> {
+    ip(bytes).filter(|address| !address.is_unspecified())
+}
+
+/// Reads `RTA_VIA`: an address of a family of its own.
+fn via_ip(bytes: &[u8]) -> Option<IpAddr> {
+    ip(bytes.get(2..)?)
 }
 
 /// A network interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Link {
     /// Interface index.
     pub index: u32,
@@ -124,8 +180,28 @@ pub struct Link {
     pub running: bool,
     /// A loopback interface.
     pub loopback: bool,
-    /// VXLAN settings, if it is a VXLAN device.
-    pub vxlan: Option<VxlanLink>,
+    /// The interface that it lies on (`IFLA_LINK`), 0 is none. Only for a VLAN sure to be in this namespace.
+    pub lower: u32,
+    /// The interface that it is a port of (`IFLA_MASTER`), 0 is none.
+    pub master: u32,
+    /// What kind of device it is, as far as that matters.
+    pub kind: LinkKind,
+}
+
+/// Kinds of devices with the settings that matter.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum LinkKind {
+    /// Any other.
+    #[default]
+    Other,
+    /// `vxlan`.
+    Vxlan(VxlanLink),
+    /// `ipip`, with or without an encapsulation of its own.
+    Ipip(IpipLink),
+    /// `vlan`, with its 802.1Q id.
+    Vlan(u16),
+    /// `bond`.
+    Bond(BondLink),
 }
 
 /// Settings of a VXLAN device that decide whether it is the one we want.
@@ -136,11 +212,13 @@ pub struct VxlanLink {
     /// Index of the underlay interface; 0 is none.
     pub link: u32,
     /// Outer source address.
-    pub local: Option<Ipv4Addr>,
+    pub local: Option<IpAddr>,
     /// Multicast group or default remote.
-    pub group: Option<Ipv4Addr>,
+    pub group: Option<IpAddr>,
     /// UDP port.
     pub port: u16,
+    /// Outer TOS or traffic class; 1 is "as the inner one".
+    pub tos: u8,
     /// Learns addresses from packets.
     pub learning: bool,
     /// Reports unknown destinations.
@@ -149,6 +227,36 @@ pub struct VxlanLink {
     pub gbp: bool,
     /// Takes its settings per packet instead.
     pub external: bool,
+    /// Sends or accepts IPv6 datagrams without a checksum.
+    pub zero_checksum6: bool,
+}
+
+/// Settings of an `ipip` device.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct IpipLink {
+    /// Outer source address.
+    pub local: Option<Ipv4Addr>,
+    /// Fixed outer destination.
+    pub remote: Option<Ipv4Addr>,
+    /// Outer TTL; 0 is "as the inner one".
+    pub ttl: u8,
+    /// Outer TOS; bit 0 is "as the inner one".
+    pub tos: u8,
+    /// Sets DF in every outer header.
+    pub path_mtu_discovery: bool,
+    /// UDP port of foo-over-UDP, source and destination; 0 is none.
+    pub fou_port: u16,
+    /// Takes its settings per packet instead.
+    pub external: bool,
+}
+
+/// Settings of a bond.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BondLink {
+    /// One port carries everything.
+    pub active_backup: bool,
+    /// Which, if one does.
+    pub active: u32,
 }
 
 impl Link {
@@ -158,13 +266,10 @@ impl Link {
         let flags = LinkFlags::from_bits_retain(u32_at(payload, 8)?);
         let mut link = Self {
             index,
-            name: String::new(),
-            mac: None,
-            mtu: 0,
             up: flags.contains(LinkFlags::Up),
             running: flags.contains(LinkFlags::Running),
             loopback: flags.contains(LinkFlags::Loopback),
-            vxlan: None,
+            ..Self::default()
         };
         for (kind, value) in attributes(payload.get(16..)?) {
             match kind {
@@ -175,35 +280,69 @@ impl Link {
                         .to_owned();
                 }
                 IFLA_MTU => link.mtu = u32_at(value, 0)?,
-                IFLA_LINKINFO => link.vxlan = VxlanLink::parse(value),
+                IFLA_LINK => link.lower = u32_at(value, 0)?,
+                IFLA_MASTER => link.master = u32_at(value, 0)?,
+                IFLA_LINKINFO => link.kind = LinkKind::parse(value).unwrap_or_default(),
                 _ => {}
             }
         }
         Some(link)
     }
+
+    /// Its settings as a VXLAN device, if it is one.
+    pub fn vxlan(&self) -> Option<&VxlanLink> {
+        match &self.kind {
+            LinkKind::Vxlan(vxlan) => Some(vxlan),
+            LinkKind::Other | LinkKind::Ipip(_) | LinkKind::Vlan(_) | LinkKind::Bond(_) => None,
+        }
+    }
+}
+
+impl LinkKind {
+    fn parse(info: &[u8]) -> Option<Self> {
+        let (_, kind) = attributes(info).find(|(kind, _)| *kind == IFLA_INFO_KIND)?;
+        let settings = attributes(info)
+            .find(|(kind, _)| *kind == IFLA_INFO_DATA)
+            .map_or(&[][..], |(_, settings)| settings);
+        Some(match kind.split(|&byte| byte == 0).next()? {
+            b"vxlan" => Self::Vxlan(VxlanLink::parse(settings)?),
+            b"ipip" => Self::Ipip(IpipLink::parse(settings)?),
+            b"vlan" => {
+                let (_, id) = attributes(settings).find(|(kind, _)| *kind == IFLA_VLAN_ID)?;
+                Self::Vlan(u16_at(id, 0)?)
+            }
+            b"bond" => Self::Bond(BondLink::parse(settings)?),
+            _ => Self::Other,
+        })
+    }
+}
+
+fn is_set(value: &[u8]) -> bool {
+    value.first().is_some_and(|&byte| byte != 0)
+}
+
+fn u16_be(value: &[u8]) -> Option<u16> {
+    value.try_into().ok().map(u16::from_be_bytes)
 }
 
 impl VxlanLink {
-    fn parse(info: &[u8]) -> Option<Self> {
-        let is_vxlan = attributes(info)
-            .any(|(kind, value)| kind == IFLA_INFO_KIND && value.starts_with(b"vxlan"));
-        if !is_vxlan {
-            return None;
-        }
-        let (_, settings) = attributes(info).find(|(kind, _)| *kind == IFLA_INFO_DATA)?;
+    fn parse(settings: &[u8]) -> Option<Self> {
         let mut vxlan = Self::default();
-        let set = |value: &[u8]| value.first().is_some_and(|&byte| byte != 0);
         for (kind, value) in attributes(settings) {
             match kind {
                 IFLA_VXLAN_ID => vxlan.vni = u32_at(value, 0)?,
-                IFLA_VXLAN_GROUP => vxlan.group = ipv4(value),
+                IFLA_VXLAN_GROUP | IFLA_VXLAN_GROUP6 => vxlan.group = some_ip(value),
                 IFLA_VXLAN_LINK => vxlan.link = u32_at(value, 0)?,
-                IFLA_VXLAN_LOCAL => vxlan.local = ipv4(value),
-                IFLA_VXLAN_LEARNING => vxlan.learning = set(value),
-                IFLA_VXLAN_L2MISS => vxlan.l2_miss = set(value),
-                IFLA_VXLAN_PORT => vxlan.port = u16::from_be_bytes(value.try_into().ok()?),
+                IFLA_VXLAN_LOCAL | IFLA_VXLAN_LOCAL6 => vxlan.local = some_ip(value),
+                IFLA_VXLAN_TOS => vxlan.tos = *value.first()?,
+                IFLA_VXLAN_LEARNING => vxlan.learning = is_set(value),
+                IFLA_VXLAN_L2MISS => vxlan.l2_miss = is_set(value),
+                IFLA_VXLAN_PORT => vxlan.port = u16_be(value)?,
+                IFLA_VXLAN_UDP_ZERO_CSUM6_TX | IFLA_VXLAN_UDP_ZERO_CSUM6_RX => {
+                    vxlan.zero_checksum6 |= is_set(value);
+                }
                 IFLA_VXLAN_GBP => vxlan.gbp = true,
-                IFLA_VXLAN_COLLECT_METADATA => vxlan.external = set(value),
+                IFLA_VXLAN_COLLECT_METADATA => vxlan.external = is_set(value),
                 _ => {}
             }
         }
@@ -211,18 +350,68 @@ impl VxlanLink {
     }
 }
 
-/// An IPv4 address of an interface.
+impl IpipLink {
+    fn parse(settings: &[u8]) -> Option<Self> {
+        /// `TUNNEL_ENCAP_FOU` (if_tunnel.h).
+        const FOU: u16 = 1;
+        let ipv4 = |value: &[u8]| match some_ip(value) {
+            Some(IpAddr::V4(address)) => Some(address),
+            Some(IpAddr::V6(_)) | None => None,
+        };
+        let mut ipip = Self::default();
+        let (mut encapsulation, mut source, mut destination) = (0, 0, 0);
+        for (kind, value) in attributes(settings) {
+            match kind {
+                IFLA_IPTUN_LOCAL => ipip.local = ipv4(value),
+                IFLA_IPTUN_REMOTE => ipip.remote = ipv4(value),
+                IFLA_IPTUN_TTL => ipip.ttl = *value.first()?,
+                IFLA_IPTUN_TOS => ipip.tos = *value.first()?,
+                IFLA_IPTUN_PMTUDISC => ipip.path_mtu_discovery = is_set(value),
+                IFLA_IPTUN_ENCAP_TYPE => encapsulation = u16_at(value, 0)?,
+                IFLA_IPTUN_ENCAP_SPORT => source = u16_be(value)?,
+                IFLA_IPTUN_ENCAP_DPORT => destination = u16_be(value)?,
+                IFLA_IPTUN_COLLECT_METADATA => ipip.external = true,
+                _ => {}
+            }
+        }
+        if encapsulation == FOU && source == destination {
+            ipip.fou_port = destination;
+        } else if encapsulation != 0 {
+            // Another encapsulation, or ports that differ: no device of ours has these.
+            ipip.external = true;
+        }
+        Some(ipip)
+    }
+}
+
+impl BondLink {
+    fn parse(settings: &[u8]) -> Option<Self> {
+        /// `BOND_MODE_ACTIVEBACKUP` (if_bonding.h).
+        const ACTIVE_BACKUP: u8 = 1;
+        let mut bond = Self::default();
+        for (kind, value) in attributes(settings) {
+            match kind {
+                IFLA_BOND_MODE => bond.active_backup = *value.first()? == ACTIVE_BACKUP,
+                IFLA_BOND_ACTIVE_SLAVE => bond.active = u32_at(value, 0)?,
+                _ => {}
+            }
+        }
+        Some(bond)
+    }
+}
+
+/// An address of an interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address {
     /// Interface index.
     pub link: u32,
     /// The address with its prefix length.
-    pub net: Ipv4Net,
+    pub net: IpNet,
     /// Usable beyond the link.
     pub global: bool,
     /// Does not expire (`IFA_F_PERMANENT`).
     pub permanent: bool,
-    /// Secondary on its subnet (`IFA_F_SECONDARY`).
+    /// Secondary on its subnet, or with IPv6 temporary (`IFA_F_SECONDARY`, `IFA_F_TEMPORARY`: the same bit).
     pub secondary: bool,
     /// On its way out (`IFA_F_DEPRECATED`).
     pub deprecated: bool,
@@ -240,15 +429,15 @@ impl Address {
         let (mut local, mut address) = (None, None);
         for (kind, value) in attributes(payload.get(8..)?) {
             match kind {
-                IFA_LOCAL => local = ipv4(value),
-                IFA_ADDRESS => address = ipv4(value),
+                IFA_LOCAL => local = ip(value),
+                IFA_ADDRESS => address = ip(value),
                 IFA_FLAGS => flags = u32_at(value, 0)?,
                 _ => {}
             }
         }
         Some(Self {
             link,
-            net: Ipv4Net::new(local.or(address)?, prefix_len).ok()?,
+            net: IpNet::new(local.or(address)?, prefix_len).ok()?,
             global: AddressScope::from(scope) == AddressScope::Universe,
             permanent: flags & PERMANENT != 0,
             secondary: flags & SECONDARY != 0,
@@ -257,56 +446,83 @@ impl Address {
     }
 }
 
-/// An IPv4 unicast route with one next hop.
+/// A unicast route.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
     /// Table number.
     pub table: u32,
     /// Destination.
-    pub destination: Ipv4Net,
+    pub destination: IpNet,
     /// Outgoing interface; 0 when there are several.
     pub link: u32,
     /// Next hop.
-    pub gateway: Option<Ipv4Addr>,
+    pub gateway: Option<IpAddr>,
     /// The next hop is taken to be on the link.
     pub onlink: bool,
     /// Preferred source address.
-    pub source: Option<Ipv4Addr>,
+    pub source: Option<IpAddr>,
     /// Who installed it (`RTPROT_*`).
     pub protocol: u8,
     /// Its scope, 0 is global.
     pub scope: u8,
     /// Metric.
     pub priority: u32,
+    /// Largest packet, where the route says so.
+    pub mtu: Option<u32>,
 }
 
 impl Route {
-    pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
-        // struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type; flags at 8.
-        let [_, length, _, _, table, protocol, scope, kind] = *payload.first_chunk::<8>()?;
-        let flags = RouteFlags::from_bits_retain(u32_at(payload, 8)?);
-        if RouteType::from(kind) != RouteType::Unicast {
-            return None;
-        }
-        let mut route = Self {
-            table: u32::from(table),
-            destination: Ipv4Net::new(Ipv4Addr::UNSPECIFIED, length).ok()?,
+    /// A route of ours, to be completed: no next hop yet, the metric that its family has by default.
+    pub fn to(destination: IpNet, table: u32, protocol: u8) -> Self {
+        Self {
+            table,
+            destination,
             link: 0,
             gateway: None,
-            onlink: flags.contains(RouteFlags::Onlink),
+            onlink: false,
             source: None,
             protocol,
+            scope: 0,
+            priority: match destination {
+                IpNet::V4(_) => 0,
+                IpNet::V6(_) => METRIC_V6_DEFAULT,
+            },
+            mtu: None,
+        }
+    }
+
+    pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
+        // struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type; flags at 8.
+        let [family, length, _, _, table, protocol, scope, kind] = *payload.first_chunk::<8>()?;
+        let flags = RouteFlags::from_bits_retain(u32_at(payload, 8)?);
+        // IPv6 lists what it has learned, like path MTUs, among the routes.
+        if RouteType::from(kind) != RouteType::Unicast || flags.contains(RouteFlags::Cloned) {
+            return None;
+        }
+        let any: IpAddr = match Family::from_netlink(family)? {
+            Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+            Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let mut route = Self {
+            onlink: flags.contains(RouteFlags::Onlink),
             scope,
             priority: 0,
+            ..Self::to(IpNet::new(any, length).ok()?, u32::from(table), protocol)
         };
         for (kind, value) in attributes(payload.get(12..)?) {
             match kind {
-                RTA_DST => route.destination = Ipv4Net::new(ipv4(value)?, length).ok()?,
+                RTA_DST => route.destination = IpNet::new(ip(value)?, length).ok()?,
                 RTA_OIF => route.link = u32_at(value, 0)?,
-                RTA_GATEWAY => route.gateway = ipv4(value),
+                RTA_GATEWAY => route.gateway = ip(value),
+                RTA_VIA => route.gateway = via_ip(value),
                 RTA_PRIORITY => route.priority = u32_at(value, 0)?,
-                RTA_PREFSRC => route.source = ipv4(value),
+                RTA_PREFSRC => route.source = ip(value),
                 RTA_TABLE => route.table = u32_at(value, 0)?,
+                RTA_METRICS => {
+                    let mut metrics = attributes(value);
+                    let mtu = metrics.find(|(kind, _)| *kind == RTAX_MTU);
+                    route.mtu = mtu.and_then(|(_, value)| u32_at(value, 0));
+                }
                 _ => {}
             }
         }
@@ -314,34 +530,91 @@ impl Route {
     }
 }
 
-/// The kernel's answer to "how would this be sent".
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RouteAnswer {
+/// One way that a packet may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Hop {
     /// Outgoing interface.
     pub link: u32,
     /// Next hop, if not on the link itself.
-    pub gateway: Option<Ipv4Addr>,
+    pub gateway: Option<IpAddr>,
+    /// Share of the flows, from 1.
+    pub weight: u16,
+}
+
+/// The kernel's answer to "how would this be sent".
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteAnswer {
     /// It is a unicast route (not local, broadcast or a refusal).
     pub unicast: bool,
+    /// The ways, those that the kernel knows to be dead left out.
+    pub hops: Vec<Hop>,
 }
 
 impl RouteAnswer {
     pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
+        /// `RTNH_F_DEAD`, `RTNH_F_LINKDOWN` (rtnetlink.h).
+        const UNUSABLE: u8 = 1 | 16;
         let kind = RouteType::from(*payload.get(7)?);
-        let mut answer = Self {
-            link: 0,
-            gateway: None,
-            unicast: kind == RouteType::Unicast,
-        };
+        let (mut link, mut gateway) = (0, None);
+        let mut hops = Vec::new();
         for (kind, value) in attributes(payload.get(12..)?) {
             match kind {
-                RTA_OIF => answer.link = u32_at(value, 0)?,
-                RTA_GATEWAY => answer.gateway = ipv4(value),
+                RTA_OIF => link = u32_at(value, 0)?,
+                RTA_GATEWAY => gateway = ip(value),
+                RTA_VIA => gateway = via_ip(value),
+                RTA_MULTIPATH => hops = next_hops(value),
                 _ => {}
             }
         }
-        Some(answer)
+        if hops.is_empty() {
+            let weight = 1;
+            hops.push((
+                0,
+                Hop {
+                    link,
+                    gateway,
+                    weight,
+                },
+            ));
+        }
+        // A link without carrier carries nothing, although the kernel goes on sending there unless told otherwise.
+        if hops.iter().any(|(flags, _)| flags & UNUSABLE == 0) {
+            hops.retain(|(flags, _)| flags & UNUSABLE == 0);
+        }
+        Some(Self {
+            unicast: kind == RouteType::Unicast,
+            hops: hops.into_iter().map(|(_, hop)| hop).collect(),
+        })
     }
+}
+
+/// Reads `RTA_MULTIPATH`: next hops with their flags.
+fn next_hops(mut bytes: &[u8]) -> Vec<(u8, Hop)> {
+    let mut hops = Vec::new();
+    // struct rtnexthop: length, flags, weight less one, interface; then attributes.
+    while let (Some(length), Some(&[_, _, flags, weight]), Some(link)) =
+        (u16_at(bytes, 0), bytes.first_chunk::<4>(), u32_at(bytes, 4))
+    {
+        let length = usize::from(length);
+        let Some(inner) = bytes.get(8..length) else {
+            break;
+        };
+        let mut hop = Hop {
+            link,
+            gateway: None,
+            weight: u16::from(weight) + 1,
+        };
+        for (kind, value) in attributes(inner) {
+            match kind {
+                RTA_GATEWAY => hop.gateway = ip(value),
+                RTA_VIA => hop.gateway = via_ip(value),
+                _ => {}
+            }
+        }
+        hops.push((flags, hop));
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    hops
 }
 
 /// The state of a neighbour entry (`NUD_*`), reduced to what decides about it.
@@ -389,13 +662,13 @@ impl Reachability {
     }
 }
 
-/// An IPv4 neighbour entry.
+/// A neighbour entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Neighbour {
     /// Interface index.
     pub link: u32,
     /// Address of the neighbour.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// Its Ethernet address, when known.
     pub mac: Option<Mac>,
     /// How well it is known.
@@ -410,7 +683,7 @@ impl Neighbour {
         let (mut address, mut mac) = (None, None);
         for (kind, value) in attributes(payload.get(12..)?) {
             match kind {
-                NDA_DST => address = ipv4(value),
+                NDA_DST => address = ip(value),
                 NDA_LLADDR => mac = Mac::from_slice(value),
                 _ => {}
             }
@@ -432,7 +705,7 @@ pub struct FdbEntry {
     /// Inner Ethernet address.
     pub mac: Mac,
     /// Outer destination.
-    pub remote: Ipv4Addr,
+    pub remote: IpAddr,
     /// Does not expire.
     pub permanent: bool,
 }
@@ -444,7 +717,7 @@ impl FdbEntry {
         let (mut mac, mut remote) = (None, None);
         for (kind, value) in attributes(payload.get(12..)?) {
             match kind {
-                NDA_DST => remote = ipv4(value),
+                NDA_DST => remote = ip(value),
                 NDA_LLADDR => mac = Mac::from_slice(value),
                 _ => {}
             }
@@ -461,14 +734,20 @@ impl FdbEntry {
 /// A policy routing rule, as far as ours needs to be recognised.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
+    /// Address family.
+    pub family: Family,
     /// Position.
     pub priority: u32,
     /// Table it leads to.
     pub table: u32,
     /// Who installed it.
     pub protocol: u8,
-    /// It matches every packet: no selector but the ones above is set.
-    pub matches_all: bool,
+    /// Sources that it matches; none is all.
+    pub source: Option<IpNet>,
+    /// Firewall mark and mask that it matches; a mask of 0 is all.
+    pub mark: (u32, u32),
+    /// It matches by nothing else.
+    pub plain: bool,
 }
 
 impl Rule {
@@ -477,13 +756,15 @@ impl Rule {
         const FRA_SUPPRESS_IFGROUP: u16 = 13;
         const FRA_PAD: u16 = 18;
         // struct fib_rule_hdr: family, dst_len, src_len, tos, table, res1, res2, action; flags at 8.
-        let [_, dst_len, src_len, tos, table, _, _, action] = *payload.first_chunk::<8>()?;
+        let [family, dst_len, src_len, tos, table, _, _, action] = *payload.first_chunk::<8>()?;
         let mut rule = Self {
+            family: Family::from_netlink(family)?,
             priority: 0,
             table: u32::from(table),
             protocol: 0,
-            matches_all: dst_len == 0
-                && src_len == 0
+            source: None,
+            mark: (0, 0),
+            plain: dst_len == 0
                 && tos == 0
                 && RuleAction::from(action) == RuleAction::ToTable
                 && u32_at(payload, 8)? == 0,
@@ -493,12 +774,16 @@ impl Rule {
                 FRA_PRIORITY => rule.priority = u32_at(value, 0)?,
                 FRA_TABLE => rule.table = u32_at(value, 0)?,
                 FRA_PROTOCOL => rule.protocol = *value.first()?,
+                FRA_SRC => rule.source = IpNet::new(ip(value)?, src_len).ok(),
+                // The kernel leaves out a mark of 0 even where it is asked for.
+                FRA_FWMARK => rule.mark.0 = u32_at(value, 0)?,
+                FRA_FWMASK => rule.mark.1 = u32_at(value, 0)?,
                 // "No limit" is all ones; anything else restricts the rule.
                 FRA_SUPPRESS_PREFIXLEN | FRA_SUPPRESS_IFGROUP => {
-                    rule.matches_all &= u32_at(value, 0)? == u32::MAX;
+                    rule.plain &= u32_at(value, 0)? == u32::MAX;
                 }
                 FRA_PAD => {}
-                _ => rule.matches_all = false,
+                _ => rule.plain = false,
             }
         }
         Some(rule)
@@ -508,10 +793,32 @@ impl Rule {
 /// What to list routes by.
 #[derive(Debug, Clone, Copy)]
 pub struct RouteFilter {
+    /// Address family.
+    pub family: Family,
     /// Only this table.
     pub table: u32,
     /// Only routes through this interface; 0 is any.
     pub link: u32,
+    /// Only routes that this protocol installed; 0 is any.
+    pub protocol: u8,
+}
+
+impl RouteFilter {
+    /// All routes of a table.
+    pub fn table(family: Family, table: u32) -> Self {
+        Self {
+            family,
+            table,
+            link: 0,
+            protocol: 0,
+        }
+    }
+
+    fn matches(&self, route: &Route) -> bool {
+        route.table == self.table
+            && (self.link == 0 || route.link == self.link)
+            && (self.protocol == 0 || route.protocol == self.protocol)
+    }
 }
 
 impl Netlink {
@@ -525,22 +832,25 @@ impl Netlink {
         Ok(links)
     }
 
-    /// All IPv4 addresses.
+    /// All addresses, of both families.
     pub fn addresses(&mut self) -> Result<Vec<Address>, NetlinkError> {
-        let mut message = AddressMessage::default();
-        message.header.family = AddressFamily::Inet;
-        let request = RouteNetlinkMessage::GetAddress(message);
         let mut addresses = Vec::new();
-        self.dump("addresses", &request, RTM_NEWADDR, |payload| {
-            addresses.extend(Address::parse(payload));
-        })?;
+        for family in Family::ALL {
+            let mut message = AddressMessage::default();
+            message.header.family = family.netlink();
+            let request = RouteNetlinkMessage::GetAddress(message);
+            self.dump("addresses", &request, RTM_NEWADDR, |payload| {
+                addresses.extend(Address::parse(payload));
+            })?;
+        }
         Ok(addresses)
     }
 
-    /// IPv4 unicast routes.
+    /// Unicast routes.
     pub fn routes(&mut self, filter: RouteFilter) -> Result<Vec<Route>, NetlinkError> {
         let mut message = RouteMessage::default();
-        message.header.address_family = AddressFamily::Inet;
+        message.header.address_family = filter.family.netlink();
+        message.header.protocol = RouteProtocol::from(filter.protocol);
         message.attributes.push(RouteAttribute::Table(filter.table));
         if filter.link != 0 {
             message.attributes.push(RouteAttribute::Oif(filter.link));
@@ -549,17 +859,19 @@ impl Netlink {
         let mut routes = Vec::new();
         self.dump("routes", &request, RTM_NEWROUTE, |payload| {
             // Kernels before 4.20 ignore the filter.
-            routes.extend(Route::parse(payload).filter(|route| {
-                route.table == filter.table && (filter.link == 0 || route.link == filter.link)
-            }));
+            routes.extend(Route::parse(payload).filter(|route| filter.matches(route)));
         })?;
         Ok(routes)
     }
 
-    /// IPv4 neighbour entries on one interface.
-    pub fn neighbours(&mut self, link: u32) -> Result<Vec<Neighbour>, NetlinkError> {
+    /// Neighbour entries of one family on one interface.
+    pub fn neighbours(
+        &mut self,
+        family: Family,
+        link: u32,
+    ) -> Result<Vec<Neighbour>, NetlinkError> {
         let mut message = NeighbourMessage::default();
-        message.header.family = AddressFamily::Inet;
+        message.header.family = family.netlink();
         message.attributes.push(NeighbourAttribute::IfIndex(link));
         let request = RouteNetlinkMessage::GetNeighbour(message);
         let mut neighbours = Vec::new();
@@ -569,7 +881,7 @@ impl Netlink {
         Ok(neighbours)
     }
 
-    /// Forwarding entries of one VXLAN device that lead to an IPv4 address.
+    /// Forwarding entries of one VXLAN device that lead to an address.
     pub fn fdb(&mut self, link: u32) -> Result<Vec<FdbEntry>, NetlinkError> {
         let mut message = NeighbourMessage::default();
         message.header.family = AddressFamily::Bridge;
@@ -582,10 +894,10 @@ impl Netlink {
         Ok(entries)
     }
 
-    /// All IPv4 rules.
-    pub fn rules(&mut self) -> Result<Vec<Rule>, NetlinkError> {
+    /// All rules of one family.
+    pub fn rules(&mut self, family: Family) -> Result<Vec<Rule>, NetlinkError> {
         let mut message = RuleMessage::default();
-        message.header.family = AddressFamily::Inet;
+        message.header.family = family.netlink();
         let request = RouteNetlinkMessage::GetRule(message);
         let mut rules = Vec::new();
         self.dump("rules", &request, RTM_NEWRULE, |payload| {
@@ -595,27 +907,63 @@ impl Netlink {
     }
 }
 
-pub(super) fn lookup_route(source: Ipv4Addr, destination: Ipv4Addr) -> RouteNetlinkMessage {
+fn route_address(address: IpAddr) -> RouteAddress {
+    match address {
+        IpAddr::V4(address) => RouteAddress::Inet(address),
+        IpAddr::V6(address) => RouteAddress::Inet6(address),
+    }
+}
+
+/// Asks for the whole route that matches, so that all its ways are seen and not the one a flow would take.
+pub(super) fn lookup_route(
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+) -> RouteNetlinkMessage {
+    let bits = Family::of(destination).bits();
     let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet;
-    message.header.destination_prefix_length = 32;
-    message.header.source_prefix_length = 32;
+    message.header.address_family = Family::of(destination).netlink();
+    message.header.destination_prefix_length = bits;
+    message.header.source_prefix_length = bits;
+    message.header.flags = RouteFlags::FibMatch;
     // The transport as well: rules may select by it.
     message.attributes = vec![
-        RouteAttribute::Destination(RouteAddress::Inet(destination)),
-        RouteAttribute::Source(RouteAddress::Inet(source)),
-        RouteAttribute::IpProto(u8::from(IpProtocol::Udp)),
+        RouteAttribute::Destination(route_address(destination)),
+        RouteAttribute::Source(route_address(source)),
     ];
+    // The kernel knows no others here (net/ipv4/fib_frontend.c, `rtm_getroute_parse_ip_proto`).
+    if protocol == u8::from(IpProtocol::Udp) {
+        message.attributes.push(RouteAttribute::IpProto(protocol));
+    }
     RouteNetlinkMessage::GetRoute(message)
 }
 
+fn create_link(name: &str, mtu: u32, mac: Option<Mac>, kind: InfoKind, data: InfoData) -> Request {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![
+        LinkAttribute::IfName(name.to_owned()),
+        LinkAttribute::Mtu(mtu),
+    ];
+    message
+        .attributes
+        .extend(mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
+    message.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::Kind(kind),
+        LinkInfo::Data(data),
+    ]));
+    Request {
+        message: RouteNetlinkMessage::NewLink(message),
+        flags: NLM_F_CREATE | NLM_F_EXCL,
+    }
+}
+
 /// Makes a VXLAN device the way flannel does, down and without addresses.
-pub fn create_vxlan(name: &str, vxlan: &VxlanLink, mtu: u32, mac: Mac) -> Request {
+pub fn create_vxlan(name: &str, vxlan: &VxlanLink, mtu: u32, mac: Option<Mac>) -> Request {
     let mut settings = vec![
         InfoVxlan::Id(vxlan.vni),
         InfoVxlan::Link(vxlan.link),
         InfoVxlan::Ttl(0),
-        InfoVxlan::Tos(0),
+        InfoVxlan::Tos(vxlan.tos),
         InfoVxlan::Learning(vxlan.learning),
         InfoVxlan::Proxy(false),
         InfoVxlan::Rsc(false),
@@ -625,21 +973,39 @@ pub fn create_vxlan(name: &str, vxlan: &VxlanLink, mtu: u32, mac: Mac) -> Reques
         InfoVxlan::UDPZeroCsumRX(false),
         InfoVxlan::Port(vxlan.port),
     ];
-    settings.extend(vxlan.local.map(InfoVxlan::Local));
-    let mut message = LinkMessage::default();
-    message.attributes = vec![
-        LinkAttribute::IfName(name.to_owned()),
-        LinkAttribute::Mtu(mtu),
-        LinkAttribute::Address(mac.0.to_vec()),
-        LinkAttribute::LinkInfo(vec![
-            LinkInfo::Kind(InfoKind::Vxlan),
-            LinkInfo::Data(InfoData::Vxlan(settings)),
-        ]),
-    ];
-    Request {
-        message: RouteNetlinkMessage::NewLink(message),
-        flags: NLM_F_CREATE | NLM_F_EXCL,
+    settings.extend(vxlan.local.map(|local| match local {
+        IpAddr::V4(local) => InfoVxlan::Local(local),
+        IpAddr::V6(local) => InfoVxlan::Local6(local),
+    }));
+    // Its presence is its value.
+    if vxlan.gbp {
+        settings.push(InfoVxlan::Gbp);
     }
+    create_link(name, mtu, mac, InfoKind::Vxlan, InfoData::Vxlan(settings))
+}
+
+fn ipip_settings(ipip: &IpipLink) -> Vec<InfoIpTunnel> {
+    let mut settings = vec![
+        InfoIpTunnel::Ttl(ipip.ttl),
+        InfoIpTunnel::Tos(ipip.tos),
+        InfoIpTunnel::PMtuDisc(ipip.path_mtu_discovery),
+    ];
+    settings.extend(ipip.local.map(|local| InfoIpTunnel::Local(local.into())));
+    if ipip.fou_port != 0 {
+        settings.extend([
+            InfoIpTunnel::EncapType(TunnelEncapType::Fou),
+            InfoIpTunnel::EncapFlags(TunnelEncapFlags::empty()),
+            InfoIpTunnel::EncapSPort(ipip.fou_port),
+            InfoIpTunnel::EncapDPort(ipip.fou_port),
+        ]);
+    }
+    settings
+}
+
+/// Makes an `ipip` device, down and without addresses.
+pub fn create_ipip(name: &str, ipip: &IpipLink, mtu: u32) -> Request {
+    let data = InfoData::IpTunnel(ipip_settings(ipip));
+    create_link(name, mtu, None, InfoKind::IpIp, data)
 }
 
 fn change_link(index: u32, attributes: Vec<LinkAttribute>) -> Request {
@@ -652,14 +1018,28 @@ fn change_link(index: u32, attributes: Vec<LinkAttribute>) -> Request {
     }
 }
 
-/// Switches a VXLAN device's learning.
-pub fn set_vxlan_learning(index: u32, learning: bool) -> Request {
-    let settings = InfoData::Vxlan(vec![InfoVxlan::Learning(learning)]);
+/// Changes those settings of a VXLAN device that can be changed: learning and TOS.
+pub fn set_vxlan(index: u32, vxlan: &VxlanLink) -> Request {
+    let settings = vec![
+        InfoVxlan::Learning(vxlan.learning),
+        InfoVxlan::Tos(vxlan.tos),
+    ];
     change_link(
         index,
         vec![LinkAttribute::LinkInfo(vec![
             LinkInfo::Kind(InfoKind::Vxlan),
-            LinkInfo::Data(settings),
+            LinkInfo::Data(InfoData::Vxlan(settings)),
+        ])],
+    )
+}
+
+/// Changes the settings of an `ipip` device. What is not said goes back to its default, so all is said.
+pub fn set_ipip(index: u32, ipip: &IpipLink) -> Request {
+    change_link(
+        index,
+        vec![LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::IpIp),
+            LinkInfo::Data(InfoData::IpTunnel(ipip_settings(ipip))),
         ])],
     )
 }
@@ -696,29 +1076,36 @@ pub fn delete_link(index: u32) -> Request {
     }
 }
 
-fn address_message(link: u32, net: Ipv4Net) -> AddressMessage {
+fn address_message(link: u32, net: IpNet) -> AddressMessage {
     let mut message = AddressMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = Family::of_net(net).netlink();
     message.header.prefix_len = net.prefix_len();
     message.header.scope = AddressScope::Universe;
     message.header.index = link;
     message.attributes = vec![
-        AddressAttribute::Local(net.addr().into()),
-        AddressAttribute::Address(net.addr().into()),
+        AddressAttribute::Local(net.addr()),
+        AddressAttribute::Address(net.addr()),
     ];
     message
 }
 
 /// Gives an interface an address.
-pub fn add_address(link: u32, net: Ipv4Net) -> Request {
+pub fn add_address(link: u32, net: IpNet) -> Request {
+    let mut message = address_message(link, net);
+    // Nobody else can have an address of our own lease, and one that is still being checked is no source address.
+    if Family::of_net(net) == Family::V6 {
+        message
+            .attributes
+            .push(AddressAttribute::Flags(AddressFlags::Nodad));
+    }
     Request {
-        message: RouteNetlinkMessage::NewAddress(address_message(link, net)),
+        message: RouteNetlinkMessage::NewAddress(message),
         flags: NLM_F_CREATE | NLM_F_REPLACE,
     }
 }
 
 /// Takes an address from an interface.
-pub fn delete_address(link: u32, net: Ipv4Net) -> Request {
+pub fn delete_address(link: u32, net: IpNet) -> Request {
     Request {
         message: RouteNetlinkMessage::DelAddress(address_message(link, net)),
         flags: 0,
@@ -727,7 +1114,7 @@ pub fn delete_address(link: u32, net: Ipv4Net) -> Request {
 
 fn route_message(route: &Route) -> RouteMessage {
     let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet;
+    message.header.address_family = Family::of_net(route.destination).netlink();
     message.header.destination_prefix_length = route.destination.prefix_len();
     message.header.table = u8::try_from(route.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
     message.header.protocol = RouteProtocol::from(route.protocol);
@@ -737,18 +1124,16 @@ fn route_message(route: &Route) -> RouteMessage {
         message.header.flags = RouteFlags::Onlink;
     }
     let attributes = &mut message.attributes;
-    attributes.push(RouteAttribute::Destination(RouteAddress::Inet(
+    attributes.push(RouteAttribute::Destination(route_address(
         route.destination.network(),
     )));
+    let (gateway, source) = (route.gateway, route.source);
+    attributes.extend(gateway.map(|gateway| RouteAttribute::Gateway(route_address(gateway))));
+    attributes.extend(source.map(|source| RouteAttribute::PrefSource(route_address(source))));
     attributes.extend(
         route
-            .gateway
-            .map(|gateway| RouteAttribute::Gateway(RouteAddress::Inet(gateway))),
-    );
-    attributes.extend(
-        route
-            .source
-            .map(|source| RouteAttribute::PrefSource(RouteAddress::Inet(source))),
+            .mtu
+            .map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])),
     );
     if route.link != 0 {
         attributes.push(RouteAttribute::Oif(route.link));
@@ -776,21 +1161,26 @@ pub fn delete_route(route: &Route) -> Request {
     }
 }
 
-fn neighbour_message(link: u32, address: Ipv4Addr) -> NeighbourMessage {
+fn neighbour_address(address: IpAddr) -> NeighbourAddress {
+    match address {
+        IpAddr::V4(address) => NeighbourAddress::Inet(address),
+        IpAddr::V6(address) => NeighbourAddress::Inet6(address),
+    }
+}
+
+fn neighbour_message(link: u32, address: IpAddr) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = Family::of(address).netlink();
     message.header.ifindex = link;
     message.header.kind = RouteType::Unicast;
     message
         .attributes
-        .push(NeighbourAttribute::Destination(NeighbourAddress::Inet(
-            address,
-        )));
+        .push(NeighbourAttribute::Destination(neighbour_address(address)));
     message
 }
 
 /// Installs a permanent neighbour entry.
-pub fn replace_neighbour(link: u32, address: Ipv4Addr, mac: Mac) -> Request {
+pub fn replace_neighbour(link: u32, address: IpAddr, mac: Mac) -> Request {
     let mut message = neighbour_message(link, address);
     message.header.state = NeighbourState::Permanent;
     message
@@ -803,7 +1193,7 @@ pub fn replace_neighbour(link: u32, address: Ipv4Addr, mac: Mac) -> Request {
 }
 
 /// Removes a neighbour entry.
-pub fn delete_neighbour(link: u32, address: Ipv4Addr) -> Request {
+pub fn delete_neighbour(link: u32, address: IpAddr) -> Request {
     Request {
         message: RouteNetlinkMessage::DelNeighbour(neighbour_message(link, address)),
         flags: 0,
@@ -812,7 +1202,7 @@ pub fn delete_neighbour(link: u32, address: Ipv4Addr) -> Request {
 
 /// Has the kernel resolve or confirm a neighbour as if a packet were on its way there. The entry stays an ordinary
 /// one. Not for permanent entries: the kernel would make them dynamic (net/core/neighbour.c, `__neigh_update`).
-pub fn use_neighbour(link: u32, address: Ipv4Addr) -> Request {
+pub fn use_neighbour(link: u32, address: IpAddr) -> Request {
     let mut message = neighbour_message(link, address);
     message.header.flags = NeighbourFlags::Use;
     Request {
@@ -833,14 +1223,12 @@ fn fdb_message(link: u32, mac: Mac) -> NeighbourMessage {
 }
 
 /// Installs a permanent forwarding entry.
-pub fn replace_fdb(link: u32, mac: Mac, remote: Ipv4Addr) -> Request {
+pub fn replace_fdb(link: u32, mac: Mac, remote: IpAddr) -> Request {
     let mut message = fdb_message(link, mac);
     message.header.state = NeighbourState::Permanent;
     message
         .attributes
-        .push(NeighbourAttribute::Destination(NeighbourAddress::Inet(
-            remote,
-        )));
+        .push(NeighbourAttribute::Destination(neighbour_address(remote)));
     Request {
         message: RouteNetlinkMessage::NewNeighbour(message),
         flags: NLM_F_CREATE | NLM_F_REPLACE,
@@ -857,7 +1245,7 @@ pub fn delete_fdb(link: u32, mac: Mac) -> Request {
 
 fn rule_message(rule: &Rule) -> RuleMessage {
     let mut message = RuleMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = rule.family.netlink();
     message.header.action = RuleAction::ToTable;
     message.header.table = u8::try_from(rule.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
     message.attributes = vec![
@@ -865,10 +1253,22 @@ fn rule_message(rule: &Rule) -> RuleMessage {
         RuleAttribute::Table(rule.table),
         RuleAttribute::Protocol(RouteProtocol::from(rule.protocol)),
     ];
+    if let Some(source) = rule.source {
+        message.header.src_len = source.prefix_len();
+        message
+            .attributes
+            .push(RuleAttribute::Source(source.network()));
+    }
+    if rule.mark.1 != 0 {
+        message.attributes.extend([
+            RuleAttribute::FwMark(rule.mark.0),
+            RuleAttribute::FwMask(rule.mark.1),
+        ]);
+    }
     message
 }
 
-/// Installs a rule that matches everything.
+/// Installs a rule.
 pub fn add_rule(rule: &Rule) -> Request {
     Request {
         message: RouteNetlinkMessage::NewRule(rule_message(rule)),

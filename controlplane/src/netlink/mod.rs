@@ -10,7 +10,7 @@
 pub mod message;
 pub mod monitor;
 
-use core::net::Ipv4Addr;
+use core::net::IpAddr;
 use core::time::Duration;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -209,11 +209,12 @@ impl Netlink {
             .map_or(Ok(()), |failure| Err(failure.refusal)))
     }
 
-    /// Asks the routing tables, rules included, how each destination would be reached from `source`.
+    /// Asks the routing tables, rules included, how packets of a transport protocol would reach each destination.
     pub fn lookup_routes(
         &mut self,
-        source: Ipv4Addr,
-        destinations: &[Ipv4Addr],
+        source: IpAddr,
+        destinations: &[IpAddr],
+        protocol: u8,
     ) -> Result<Vec<Result<RouteAnswer, Refusal>>, NetlinkError> {
         let mut answers = Vec::with_capacity(destinations.len());
         for chunk in destinations.chunks(BATCH_LOOKUPS) {
@@ -221,7 +222,7 @@ impl Netlink {
             let mut batch = Vec::with_capacity(chunk.len() * 64);
             for &destination in chunk {
                 self.encode(
-                    &message::lookup_route(source, destination),
+                    &message::lookup_route(source, destination, protocol),
                     NLM_F_REQUEST,
                     &mut batch,
                 );
@@ -323,6 +324,80 @@ impl Netlink {
                 return Err(NetlinkError::Timeout);
             }
         }
+    }
+}
+
+/// A plain conversation with one of the kernel's other netlink families, for messages that are written by hand.
+pub(crate) struct Talk {
+    socket: Socket,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl core::fmt::Debug for Talk {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Talk").finish_non_exhaustive()
+    }
+}
+
+impl Talk {
+    pub(crate) fn open(protocol: isize) -> Result<Self, NetlinkError> {
+        let socket = open_socket(protocol)?;
+        let step = |step| move |source| NetlinkError::Open { step, source };
+        socket
+            .connect(&SocketAddr::new(0, 0))
+            .map_err(step("connect socket"))?;
+        socket
+            .set_ext_ack(true)
+            .map_err(step("ask for explanations"))?;
+        socket
+            .set_cap_ack(true)
+            .map_err(step("ask for short replies"))?;
+        Ok(Self {
+            socket,
+            sequence: 0,
+            buffer: Vec::with_capacity(MESSAGE_MAX),
+        })
+    }
+
+    /// Sends one message and reads the answer to its end: `each` gets the payloads, the result is the kernel's "no".
+    pub(crate) fn ask(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        payload: &[u8],
+        mut each: impl FnMut(&[u8]),
+    ) -> Result<Option<Refusal>, NetlinkError> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let wanted = self.sequence;
+        let length = u32::try_from(16 + payload.len()).unwrap_or(u32::MAX);
+        let mut message = length.to_ne_bytes().to_vec();
+        message.extend(kind.to_ne_bytes());
+        message.extend(flags.to_ne_bytes());
+        message.extend(wanted.to_ne_bytes());
+        message.extend([0; 4]);
+        message.extend(payload);
+        let io = |step| move |source| NetlinkError::Io { step, source };
+        self.socket.send(&message, 0).map_err(io("send"))?;
+        let mut end = None;
+        while end.is_none() {
+            if !receive_into(&self.socket, &mut self.buffer)? {
+                if wait_readable([borrow_netlink(&self.socket)], REPLY_TIMEOUT) == [false] {
+                    return Err(NetlinkError::Timeout);
+                }
+                continue;
+            }
+            for_each_message(&self.buffer, |kind, sequence, _, payload| {
+                if sequence != wanted || end.is_some() {
+                    return;
+                }
+                match kind {
+                    NLMSG_DONE | NLMSG_ERROR => end = Some(refusal(payload)),
+                    _ => each(payload),
+                }
+            });
+        }
+        Ok(end.flatten())
     }
 }
 

@@ -15,11 +15,13 @@ use super::message::{
     RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_NEWRULE, Route, attributes, u32_at,
 };
 use super::{NetlinkError, for_each_message, open_socket, receive_into};
-use crate::detour::DEVICE as DETOUR_DEVICE;
+use crate::detour::{DEVICE as DETOUR_DEVICE, host_table};
+use crate::standby::{PROTOCOL, has_our_form};
 use crate::sys::{borrow_netlink, force_receive_buffer};
 
-/// Multicast groups (rtnetlink.h): links, neighbours with forwarding entries, IPv4 addresses, routes, rules.
-const GROUPS: [u32; 5] = [1, 3, 5, 7, 8];
+/// Multicast groups (rtnetlink.h): links, neighbours with forwarding entries; addresses, routes and rules of IPv4; the
+/// same of IPv6.
+const GROUPS: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
 
 /// Parts of the kernel's state to look at again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -63,13 +65,13 @@ impl BitOrAssign for Dirty {
 }
 
 /// Which objects concern whom.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Interests {
-    /// Index of the VXLAN device.
-    pub vxlan_link: u32,
-    /// Index of the underlay interface.
-    pub underlay_link: u32,
-    /// Our routing table.
+    /// Indexes of the tunnel devices.
+    pub tunnels: Vec<u32>,
+    /// Indexes of the underlay interface, and of those that next hops are on.
+    pub uplinks: Vec<u32>,
+    /// The first of our two routing tables.
     pub table: u32,
 }
 
@@ -110,7 +112,7 @@ impl Monitor {
     }
 
     /// Reads all announcements that are waiting.
-    pub fn drain(&mut self, interests: Interests) -> Result<Dirty, NetlinkError> {
+    pub fn drain(&mut self, interests: &Interests) -> Result<Dirty, NetlinkError> {
         let mut dirty = Dirty::default();
         loop {
             match receive_into(&self.socket, &mut self.buffer) {
@@ -131,7 +133,7 @@ impl Monitor {
     }
 }
 
-fn classify(kind: u16, payload: &[u8], interests: Interests) -> Dirty {
+fn classify(kind: u16, payload: &[u8], interests: &Interests) -> Dirty {
     let mut dirty = Dirty::default();
     match kind {
         RTM_NEWLINK | RTM_DELLINK => {
@@ -139,23 +141,32 @@ fn classify(kind: u16, payload: &[u8], interests: Interests) -> Dirty {
             // The kernel drops the routes of a link that goes down without a word.
             dirty.links = true;
             if let Some(link) = Link::parse(payload) {
-                dirty.standby = link.index == interests.vxlan_link;
+                // A tunnel device of a known form may be one that is missing, or one that another backend left.
+                dirty.standby = interests.tunnels.contains(&link.index) || has_our_form(&link);
                 dirty.detour = link.name == DETOUR_DEVICE;
-                dirty.routes = link.index == interests.underlay_link;
+                dirty.routes = interests.uplinks.contains(&link.index);
                 dirty.neighbours = dirty.routes;
             }
         }
         RTM_NEWADDR | RTM_DELADDR => {
             dirty.links = true;
-            dirty.standby = u32_at(payload, 4) == Some(interests.vxlan_link);
+            dirty.standby =
+                u32_at(payload, 4).is_some_and(|link| interests.tunnels.contains(&link));
         }
         RTM_NEWRULE | RTM_DELRULE => {
             dirty.detour = true;
             dirty.routes = true;
         }
         RTM_NEWROUTE | RTM_DELROUTE => match Route::parse(payload) {
-            Some(route) if route.table == interests.table => dirty.detour = true,
-            Some(route) if route.link == interests.vxlan_link && route.link != 0 => {
+            Some(route)
+                if [interests.table, host_table(interests.table)].contains(&route.table) =>
+            {
+                dirty.detour = true;
+            }
+            // Ours lead to pods and never to a node.
+            Some(route)
+                if interests.tunnels.contains(&route.link) || route.protocol == PROTOCOL =>
+            {
                 dirty.standby = true;
             }
             // A route that replaced ours is announced under its own interface, so any route may concern us.
@@ -169,9 +180,9 @@ fn classify(kind: u16, payload: &[u8], interests: Interests) -> Dirty {
             let is_fdb = payload
                 .first()
                 .is_some_and(|&family| family == u8::from(AddressFamily::Bridge));
-            if link == interests.vxlan_link {
+            if interests.tunnels.contains(&link) {
                 dirty.standby = is_fdb || Neighbour::parse(payload).is_some();
-            } else if link == interests.underlay_link && !is_fdb {
+            } else if interests.uplinks.contains(&link) && !is_fdb {
                 dirty.neighbours = true;
             }
         }
@@ -250,11 +261,13 @@ impl RulesetMonitor {
 mod tests {
     use super::*;
 
-    const INTERESTS: Interests = Interests {
-        vxlan_link: 7,
-        underlay_link: 2,
-        table: 0x5269,
-    };
+    fn interests() -> Interests {
+        Interests {
+            tunnels: vec![7],
+            uplinks: vec![2],
+            table: 0x5269,
+        }
+    }
 
     fn link(index: u32, name: &str) -> Vec<u8> {
         let mut payload = vec![0; 16];
@@ -299,8 +312,8 @@ mod tests {
             ),
             (vec![], links),
         ] {
-            assert_eq!(classify(RTM_NEWLINK, &payload, INTERESTS), expected);
-            assert_eq!(classify(RTM_DELLINK, &payload, INTERESTS), expected);
+            assert_eq!(classify(RTM_NEWLINK, &payload, &interests()), expected);
+            assert_eq!(classify(RTM_DELLINK, &payload, &interests()), expected);
         }
     }
 }

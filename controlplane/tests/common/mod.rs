@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "setns(2) has no safe interface in std")]
 #![expect(dead_code, reason = "every test binary uses its own part")]
 
-use core::net::Ipv4Addr;
+use core::net::IpAddr;
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
 use std::fs::File;
@@ -11,6 +11,7 @@ use std::os::fd::AsRawFd;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Instant;
 
+use ripstop_controlplane::family::PerFamily;
 use ripstop_controlplane::interface::Underlay;
 use ripstop_controlplane::lease::{Lease, LeaseSet};
 use ripstop_controlplane::mac::Mac;
@@ -35,7 +36,7 @@ impl Namespace {
         namespace
     }
 
-    /// Makes a node: `eth0` with 10.199.0.`n`/24 and its other end, `peer0`, in a namespace of its own.
+    /// Makes a node: `eth0` with 10.199.0.`n`/24 and fd00:199::`n`/64 and its other end, `peer0`, in a namespace of its own.
     pub(crate) fn node(n: u8) -> (Self, Self) {
         let (node, outside) = (Self::new(), Self::new());
         node.ip(&format!(
@@ -44,6 +45,7 @@ impl Namespace {
         ));
         node.ip(&format!("link set eth0 address 02:aa:00:00:00:{n:02x}"));
         node.ip(&format!("addr add 10.199.0.{n}/24 dev eth0"));
+        node.ip(&format!("addr add fd00:199::{n}/64 dev eth0 nodad"));
         node.ip("link set eth0 up");
         outside.ip("link set peer0 address 02:bb:00:00:00:01");
         outside.ip("link set peer0 up");
@@ -160,41 +162,100 @@ pub(crate) fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>
     }
 }
 
-/// The lease of node `n`: 10.199.0.n, 10.244.n.0/24.
+/// The IPv4 lease of node `n`: 10.199.0.n, 10.244.n.0/24.
 pub(crate) fn lease(n: u8) -> Lease {
     Lease {
-        node: format!("n{n}"),
-        public_ip: Ipv4Addr::new(10, 199, 0, n),
+        node: format!("n{n}").into(),
+        public_ip: ip(&format!("10.199.0.{n}")),
         subnet: format!("10.244.{n}.0/24").parse().unwrap(),
-        vtep_mac: Mac([2, 0x52, 0x53, 0, 0, n]),
+        vtep_mac: Some(Mac([2, 0x52, 0x53, 0, 0, n])),
     }
 }
 
-/// A set with `own` as seen by its node and the others as peers.
+/// Its IPv6 lease: fd00:199::n, fd00:10:244:n::/64.
+pub(crate) fn lease6(n: u8) -> Lease {
+    Lease {
+        node: format!("n{n}").into(),
+        public_ip: ip(&format!("fd00:199::{n}")),
+        subnet: format!("fd00:10:244:{n}::/64").parse().unwrap(),
+        vtep_mac: Some(Mac([2, 0x52, 0x53, 0, 6, n])),
+    }
+}
+
+/// An address.
+pub(crate) fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// A set with `own` as seen by its node and the others as peers, IPv4 alone.
 pub(crate) fn leases(own: u8, peers: &[u8]) -> LeaseSet {
     LeaseSet {
-        own: lease(own),
+        own: PerFamily {
+            v4: Some(lease(own)),
+            v6: None,
+        },
         peers: peers.iter().map(|&n| lease(n)).collect(),
     }
 }
 
-/// A lease file's text.
+/// The same in both families.
+pub(crate) fn leases_dual(own: u8, peers: &[u8]) -> LeaseSet {
+    let four = peers.iter().map(|&n| lease(n));
+    LeaseSet {
+        own: PerFamily {
+            v4: Some(lease(own)),
+            v6: Some(lease6(own)),
+        },
+        peers: four.chain(peers.iter().map(|&n| lease6(n))).collect(),
+    }
+}
+
+/// A lease file's text; leases of the same node become one entry.
 pub(crate) fn lease_file<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> String {
-    let entries: Vec<_> = leases
-        .into_iter()
-        .map(|lease| {
-            serde_json::json!({
-                "node": lease.node, "publicIP": lease.public_ip, "subnet": lease.subnet.to_string(),
-                "vtepMAC": lease.vtep_mac.to_string()
-            })
-        })
-        .collect();
+    let mut entries: Vec<serde_json::Value> = Vec::new();
+    let mut places = std::collections::HashMap::new();
+    for lease in leases {
+        let at = *places.entry(lease.node.clone()).or_insert(entries.len());
+        if at == entries.len() {
+            entries.push(serde_json::json!({ "node": &*lease.node }));
+        }
+        let keys = match lease.public_ip {
+            IpAddr::V4(_) => ["publicIP", "subnet", "vtepMAC"],
+            IpAddr::V6(_) => ["publicIPv6", "ipv6Subnet", "vtepMACv6"],
+        };
+        let entry = &mut entries[at];
+        entry[keys[0]] = lease.public_ip.to_string().into();
+        entry[keys[1]] = lease.subnet.to_string().into();
+        if let Some(mac) = lease.vtep_mac {
+            entry[keys[2]] = mac.to_string().into();
+        }
+    }
     serde_json::json!({"version": 1, "leases": entries}).to_string()
 }
 
 /// The default configuration.
 pub(crate) fn netconf() -> NetConf {
-    NetConf::parse(br#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#).unwrap()
+    conf(VXLAN)
+}
+
+/// The default configuration's text.
+pub(crate) const VXLAN: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+
+/// A configuration of IPv4 with this backend.
+pub(crate) fn backend(text: &str) -> String {
+    format!(r#"{{"Network":"10.244.0.0/16","Backend":{text}}}"#)
+}
+
+/// A configuration of both families with this backend.
+pub(crate) fn dual(text: &str) -> String {
+    format!(
+        r#"{{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{text}}}"#
+    )
+}
+
+/// A configuration.
+pub(crate) fn conf(text: &str) -> NetConf {
+    NetConf::parse(text.as_bytes()).unwrap()
 }
 
 /// `eth0` of a namespace made by [`Namespace::node`].
@@ -211,6 +272,9 @@ pub(crate) fn underlay(namespace: &Namespace, n: u8) -> Underlay {
         name: link.name,
         mac: link.mac.unwrap(),
         mtu: link.mtu,
-        address: Ipv4Addr::new(10, 199, 0, n),
+        addresses: PerFamily {
+            v4: Some(ip(&format!("10.199.0.{n}"))),
+            v6: Some(ip(&format!("fd00:199::{n}"))),
+        },
     }
 }

@@ -69,6 +69,7 @@ struct Readme;
 mod error;
 mod frame;
 mod mapping;
+mod numa;
 mod ring;
 mod socket;
 mod sync;

@@ -50,6 +50,11 @@ impl Mapping {
         self.base
     }
 
+    /// Length in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     /// Where `count` values of type `T` lie, `offset` bytes from the start; `None` if they would not
     /// be aligned or not lie within.
     pub(crate) fn part<T>(&self, offset: u64, count: u32) -> Option<NonNull<T>> {

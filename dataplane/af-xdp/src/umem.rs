@@ -32,6 +32,7 @@ use std::sync::{Arc, Weak};
 use crate::error::Error;
 use crate::frame::{FRAME_RESERVED, Frame, NoRoom};
 use crate::mapping::Mapping;
+use crate::numa;
 use crate::sys;
 
 /// Where a UMEM's memory comes from.
@@ -58,6 +59,8 @@ pub struct UmemOptions {
     pub memory: Memory,
     /// Whether to back it by huge pages of 2 MiB.
     pub huge_pages: bool,
+    /// NUMA node that the memory shall lie on; [`Umem::numa_node`] tells where it does.
+    pub numa_node: Option<u32>,
     /// Whether packets may carry requests to the transmitting side, such as checksum offload.
     /// Needs Linux 6.11.
     pub tx_metadata: bool,
@@ -71,6 +74,7 @@ impl Default for UmemOptions {
             headroom: 0,
             memory: Memory::Anonymous,
             huge_pages: false,
+            numa_node: None,
             tx_metadata: false,
         }
     }
@@ -175,6 +179,7 @@ pub struct Umem {
     shift: u8,
     frames: u32,
     headroom: u16,
+    huge_pages: bool,
     tx_metadata: bool,
     /// Free frames, the last used on top, where it may still be in the cache. Never grows beyond
     /// its first capacity.
@@ -198,7 +203,7 @@ impl Umem {
     /// the memory cannot be had.
     pub fn new(options: &UmemOptions) -> Result<Self, Error> {
         let len = options.check()?;
-        let (memory, file) = options.map(len)?;
+        let (memory, file) = numa::on_node(options.numa_node, || options.map(len))?;
         let frames = options.frames;
         // The first frame to be taken is the first in memory.
         let free = (0..frames).rev().collect();
@@ -209,6 +214,7 @@ impl Umem {
             shift: if options.frame_size == 4096 { 12 } else { 11 },
             frames,
             headroom: options.headroom,
+            huge_pages: options.huge_pages,
             tx_metadata: options.tx_metadata,
             free,
             owners: vec![Owner::FREE; frames as usize].into(),
@@ -261,6 +267,24 @@ impl Umem {
     pub fn packet_mut<'a>(&'a self, frame: &'a mut Frame) -> &'a mut [u8] {
         let len = frame.len();
         self.bytes_mut(frame, frame.start(), len)
+    }
+
+    /// The packet, and the `N` bytes directly before it: write a header to their end and call
+    /// [`Frame::push_front`] with its length. `None` if there is less headroom.
+    ///
+    /// # Panics
+    ///
+    /// When the frame belongs to another UMEM.
+    #[inline]
+    pub fn front_and_packet<'a, const N: usize>(
+        &'a self,
+        frame: &'a mut Frame,
+    ) -> Option<(&'a mut [u8; N], &'a mut [u8])> {
+        if frame.headroom() < N {
+            return None;
+        }
+        let (start, len) = (frame.start() - N, N + frame.len());
+        self.bytes_mut(frame, start, len).split_first_chunk_mut()
     }
 
     /// Starts a packet: makes it empty, with `headroom` bytes before it, and gives all the bytes
@@ -344,6 +368,13 @@ impl Umem {
     /// Size of a frame in bytes.
     pub fn frame_size(&self) -> usize {
         1 << self.shift
+    }
+
+    /// NUMA node that all of the memory lies on; `None` if it lies on several, or the kernel does not
+    /// tell.
+    pub fn numa_node(&self) -> Option<u32> {
+        let page = if self.huge_pages { HUGE_PAGE } else { 4096 };
+        numa::node_of(&self.memory, usize::try_from(page).ok()?)
     }
 
     /// The memory file, if the UMEM has one. Its length is sealed.

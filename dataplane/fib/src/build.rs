@@ -5,33 +5,41 @@
 //!        1   ABI version | header words << 32
 //!        2   words of the whole image
 //!        3   checksum of all words but this one
-//!        4   local address | UDP port << 32 | pod MTU << 48
-//!        5   own VTEP MAC (first byte lowest)
-//!        6   VNI | underlay interface index << 32
-//!        7   own subnet | its prefix length << 32
-//!        8   flow seed
-//!        9   IPv6: bits that all routes share (count)
-//!    10,11   IPv6: those bits, low and high word
-//!   16..32   section table: offset in words | length in words << 32, in the order of `Section`
-//!   32..     sections, each starting on a cache line (8 words)
+//!        4   backend | DSCP << 16 | families, direct, inherited DSCP << 24 | UDP port << 32
+//!        5   VNI
+//!        6   flow seed
+//!        7   IPv6: bits that all routes share (count)
+//!     8, 9   IPv6: those bits, low and high word
+//!   16..26   section table: offset in words | length in words << 32, in the order of `Section`
+//!   32..36   IPv4: address | subnet << 32; network; prefix lengths, pod MTU << 16; VTEP MAC (first byte lowest)
+//!   40..48   IPv6: address, subnet, network, low half first; prefix lengths, pod MTU << 16; VTEP MAC
+//!   48..64   NICs: interface index | uplink << 32 | VLAN << 48
+//!   64..     sections, each starting on a cache line (8 words)
 //! ```
 
 use alloc::vec::Vec;
 use core::fmt;
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::ABI_VERSION;
+use crate::adjacency::Adjacency;
 use crate::checksum::checksum_image;
-use crate::lpm::{AdjacencyId, Encap, Hop, Prefix, Tables, mask};
-use crate::peers::{self, Peer4};
+use crate::lpm::{AdjacencyId, Hop, PathsId, Prefix, Tables, mask};
+use crate::node::{Dscp, Node, UPLINKS, halves, whole};
+use crate::peers::{self, Peer4, Peer6};
 
 /// First word of an image: "RIPSIMG1".
 pub(crate) const IMAGE_MAGIC: u64 = u64::from_le_bytes(*b"RIPSIMG1");
-pub(crate) const HEADER_WORDS: usize = 32;
+pub(crate) const HEADER_WORDS: usize = 64;
 pub(crate) const CHECKSUM_WORD: usize = 3;
 pub(crate) const SECTION_TABLE: usize = 16;
-/// Words of a header template: 64 bytes, one cache line.
-pub(crate) const TEMPLATE_WORDS: usize = 8;
+/// Word of the number of bits that all IPv6 routes share; behind it the bits.
+pub(crate) const BASE6_WORD: usize = 7;
+/// Paths that a choice can have through one uplink. Divisible by the usual numbers of next hops, so that these get
+/// equal shares.
+pub const PATHS_PER_UPLINK: usize = 12;
+/// Words of a choice of paths: a leaf for each place of each uplink, two to a word.
+pub(crate) const PATHS_WORDS: usize = UPLINKS * PATHS_PER_UPLINK / 2;
 /// Words of a lease record.
 pub(crate) const LEASE_WORDS: usize = 12;
 const NAME_BYTES: usize = 32;
@@ -50,93 +58,14 @@ pub(crate) enum Section {
     Root6 = 2,
     Chunks6 = 3,
     Templates = 4,
-    Peers4 = 5,
-    Leases = 6,
+    LongTemplates = 5,
+    Paths = 6,
+    Peers4 = 7,
+    Peers6 = 8,
+    Leases = 9,
 }
 
-pub(crate) const SECTIONS: usize = 7;
-
-/// What an image says about the node that forwards by it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Node {
-    /// Address that tunnel packets to this node carry as outer destination.
-    pub local: Ipv4Addr,
-    /// UDP destination port of the tunnel.
-    pub udp_port: u16,
-    /// VXLAN network identifier, 24 bits.
-    pub vni: u32,
-    /// MAC of this node's VTEP: inner destination of what it receives, inner source of what it sends.
-    pub vtep_mac: [u8; 6],
-    /// This node's own lease: network address and prefix length.
-    pub subnet: (Ipv4Addr, u8),
-    /// Largest inner packet in bytes.
-    pub pod_mtu: u16,
-    /// Interface index of the underlay NIC, for people who read the table.
-    pub underlay_ifindex: u32,
-    /// Seeds the hash that picks UDP source ports, so that flows keep their port across restarts.
-    pub flow_seed: u64,
-}
-
-/// A finished outer header for one next hop.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Adjacency {
-    /// The encapsulation that the header belongs to.
-    pub encap: Encap,
-    /// The header's bytes. For [`Encap::Vxlan4`]: Ethernet 14, IPv4 20, UDP 8, VXLAN 8, inner Ethernet 14. Total
-    /// length, identification, UDP source port and UDP length are zero, and so are the ECN bits; the IPv4 checksum
-    /// field holds the *complement-free* 16-bit ones' complement sum of the rest of the IPv4 header, so that a worker
-    /// adds its per-packet fields and complements once. See [`Adjacency::vxlan4`].
-    pub header: [u8; 64],
-}
-
-impl Adjacency {
-    /// Builds the VXLAN header template: outer Ethernet from `source_mac` to `next_hop_mac`, IPv4 with TTL 64 and DF
-    /// clear, UDP without checksum (RFC 7348 section 5 allows zero over IPv4), VXLAN with the I flag, inner Ethernet
-    /// from VTEP to VTEP.
-    pub fn vxlan4(
-        node: &Node,
-        source_mac: [u8; 6],
-        next_hop_mac: [u8; 6],
-        peer: Ipv4Addr,
-        peer_mac: [u8; 6],
-    ) -> Self {
-        let mut header = [0u8; 64];
-        header[0..6].copy_from_slice(&next_hop_mac);
-        header[6..12].copy_from_slice(&source_mac);
-        header[12..14].copy_from_slice(&[0x08, 0x00]);
-        header[14] = 0x45;
-        header[22] = 64;
-        header[23] = 17;
-        header[26..30].copy_from_slice(&node.local.octets());
-        header[30..34].copy_from_slice(&peer.octets());
-        let sum = ones_complement_sum(&header[14..34]);
-        header[24..26].copy_from_slice(&sum.to_be_bytes());
-        header[36..38].copy_from_slice(&node.udp_port.to_be_bytes());
-        header[42] = 0x08;
-        header[46..50].copy_from_slice(&(node.vni << 8).to_be_bytes());
-        header[50..56].copy_from_slice(&peer_mac);
-        header[56..62].copy_from_slice(&node.vtep_mac);
-        header[62..64].copy_from_slice(&[0x08, 0x00]);
-        Self {
-            encap: Encap::Vxlan4,
-            header,
-        }
-    }
-}
-
-/// 16-bit ones' complement sum (RFC 1071) of an even number of bytes, not complemented.
-fn ones_complement_sum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes
-        .chunks_exact(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
-        .sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    #[expect(clippy::cast_possible_truncation, reason = "folded to 16 bits above")]
-    let folded = sum as u16;
-    folded
-}
+pub(crate) const SECTIONS: usize = 10;
 
 /// Where a route leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,6 +74,8 @@ pub enum Route {
     Local,
     /// Through an adjacency of the same image.
     Via(AdjacencyId),
+    /// Through one of several adjacencies of the same image, by flow.
+    Paths(PathsId),
     /// To a node whose next hop is not known yet.
     Unresolved,
 }
@@ -170,6 +101,10 @@ pub struct LeaseRecord {
     pub resolved: bool,
     /// Whether this is the node's own lease.
     pub local: bool,
+    /// Whether packets to the subnet are sent without a tunnel.
+    pub direct: bool,
+    /// How many paths lead there.
+    pub paths: u8,
 }
 
 impl LeaseRecord {
@@ -198,10 +133,6 @@ impl LeaseRecord {
         }
     }
 
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "128-bit values are kept as two words"
-    )]
     pub(crate) fn encode(&self, words: &mut Vec<u64>) {
         for part in self.name.chunks_exact(8) {
             words.push(
@@ -210,10 +141,20 @@ impl LeaseRecord {
                     .fold(0, |word, byte| (word << 8) | u64::from(*byte)),
             );
         }
-        words.extend([self.subnet as u64, (self.subnet >> 64) as u64]);
-        words.extend([self.public_ip as u64, (self.public_ip >> 64) as u64]);
-        let flags = u64::from(self.resolved) | (u64::from(self.local) << 1);
-        words.push(u64::from(self.prefix_len) | (u64::from(self.family) << 8) | (flags << 16));
+        words.extend(halves(self.subnet));
+        words.extend(halves(self.public_ip));
+        let flags =
+            u8::from(self.resolved) | u8::from(self.local) << 1 | u8::from(self.direct) << 2;
+        words.push(u64::from_le_bytes([
+            self.prefix_len,
+            self.family,
+            flags,
+            self.paths,
+            0,
+            0,
+            0,
+            0,
+        ]));
         words.extend([pack_mac(self.vtep_mac), pack_mac(self.next_hop_mac), 0]);
     }
 
@@ -222,18 +163,19 @@ impl LeaseRecord {
         for (part, word) in name.chunks_exact_mut(8).zip(words) {
             part.copy_from_slice(&word.to_le_bytes());
         }
-        let wide = |low: u64, high: u64| u128::from(low) | (u128::from(high) << 64);
-        let [prefix_len, family, flags, ..] = words[8].to_le_bytes();
+        let [prefix_len, family, flags, paths, ..] = words[8].to_le_bytes();
         Self {
             name,
             family,
-            subnet: wide(words[4], words[5]),
+            subnet: whole([words[4], words[5]]),
             prefix_len,
-            public_ip: wide(words[6], words[7]),
+            public_ip: whole([words[6], words[7]]),
             vtep_mac: unpack_mac(words[9]),
             next_hop_mac: unpack_mac(words[10]),
             resolved: flags & 1 != 0,
             local: flags & 2 != 0,
+            direct: flags & 4 != 0,
+            paths,
         }
     }
 }
@@ -271,6 +213,14 @@ pub enum BuildError {
     TooManyAdjacencies(usize),
     /// The VNI does not fit 24 bits.
     Vni(u32),
+    /// A route names a choice of paths that was not added.
+    UnknownPaths(PathsId),
+    /// An uplink's number is too large.
+    Uplink(u8),
+    /// A choice has more paths through one uplink than there are places.
+    TooManyPaths(usize),
+    /// The DSCP does not fit 6 bits.
+    Dscp(u8),
 }
 
 impl fmt::Display for BuildError {
@@ -294,6 +244,18 @@ impl fmt::Display for BuildError {
                 )
             }
             Self::Vni(vni) => write!(f, "VNI {vni} does not fit 24 bits"),
+            Self::UnknownPaths(id) => {
+                write!(f, "a route names the paths {}, which were not added", id.0)
+            }
+            Self::Uplink(uplink) => write!(
+                f,
+                "uplink {uplink} is one too many, the numbers are below {UPLINKS}"
+            ),
+            Self::TooManyPaths(count) => write!(
+                f,
+                "{count} paths through one uplink are more than {PATHS_PER_UPLINK}"
+            ),
+            Self::Dscp(codepoint) => write!(f, "DSCP {codepoint} does not fit 6 bits"),
         }
     }
 }
@@ -306,22 +268,25 @@ pub struct ImageBuilder {
     node: Node,
     adjacencies: Vec<Adjacency>,
     routes4: Vec<(Ipv4Addr, u8, Route)>,
-    routes6: Vec<(u128, u8, Route)>,
+    routes6: Vec<(Ipv6Addr, u8, Route)>,
+    paths: Vec<Vec<(u8, AdjacencyId)>>,
     peers4: Vec<(Ipv4Addr, Ipv4Addr, u8)>,
+    peers6: Vec<(Ipv6Addr, Ipv6Addr, u8)>,
     leases: Vec<LeaseRecord>,
 }
 
 impl ImageBuilder {
     /// Starts an image for a node.
     pub fn new(node: Node) -> Self {
-        let (adjacencies, routes4, routes6, peers4, leases) = Default::default();
         Self {
             node,
-            adjacencies,
-            routes4,
-            routes6,
-            peers4,
-            leases,
+            adjacencies: Vec::new(),
+            routes4: Vec::new(),
+            routes6: Vec::new(),
+            paths: Vec::new(),
+            peers4: Vec::new(),
+            peers6: Vec::new(),
+            leases: Vec::new(),
         }
     }
 
@@ -337,14 +302,27 @@ impl ImageBuilder {
         self.routes4.push((addr, len, route));
     }
 
-    /// Adds an IPv6 route, the address as a number.
-    pub fn route6(&mut self, addr: u128, len: u8, route: Route) {
+    /// Adds an IPv6 route; as [`ImageBuilder::route4`].
+    pub fn route6(&mut self, addr: Ipv6Addr, len: u8, route: Route) {
         self.routes6.push((addr, len, route));
+    }
+
+    /// Adds a choice of paths, each with the uplink that it leaves by, and returns its index for [`Route::Paths`]. A
+    /// flow stays on one of those of its worker's uplink; one that is named twice gets twice the flows.
+    pub fn paths(&mut self, paths: &[(u8, AdjacencyId)]) -> PathsId {
+        let index = u32::try_from(self.paths.len()).unwrap_or(u32::MAX);
+        self.paths.push(paths.to_vec());
+        PathsId(index)
     }
 
     /// Lets the node with outer address `outer` send inner packets with sources in `prefix`/`len`.
     pub fn peer4(&mut self, outer: Ipv4Addr, prefix: Ipv4Addr, len: u8) {
         self.peers4.push((outer, prefix, len));
+    }
+
+    /// As [`ImageBuilder::peer4`].
+    pub fn peer6(&mut self, outer: Ipv6Addr, prefix: Ipv6Addr, len: u8) {
+        self.peers6.push((outer, prefix, len));
     }
 
     /// Adds a lease record.
@@ -356,105 +334,153 @@ impl ImageBuilder {
     ///
     /// # Errors
     /// When a prefix is impossible, a route names an unknown adjacency, or a number does not fit its field.
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "128-bit values are kept as two words"
-    )]
     pub fn build(&self) -> Result<Vec<u64>, BuildError> {
-        if self.node.vni >> 24 != 0 {
-            return Err(BuildError::Vni(self.node.vni));
-        }
-        if self.adjacencies.len() > AdjacencyId::MAX.0 as usize {
-            return Err(BuildError::TooManyAdjacencies(self.adjacencies.len()));
-        }
-        let tables4 = Tables::build(&mut self.prefixes4()?, 0);
-        let mut prefixes6 = self.prefixes6()?;
+        self.check_node()?;
+        let leaves = self.adjacency_leaves()?;
+        let tables4 = Tables::build(&mut self.prefixes4(&leaves)?, 0);
+        let mut prefixes6 = self.prefixes6(&leaves)?;
         let base_bits = shared_bits(&prefixes6);
         let tables6 = Tables::build(&mut prefixes6, base_bits);
+        let paths = self.path_entries(&leaves)?;
+        let (peers4, peers6) = (self.peers4()?, self.peers6()?);
 
         let mut image = alloc::vec![0u64; HEADER_WORDS];
-        section(&mut image, Section::Root4, |image| {
-            image.extend(pairs(&tables4.root));
+        let tables = [
+            (Section::Root4, &tables4.root),
+            (Section::Chunks4, &tables4.chunks),
+            (Section::Root6, &tables6.root),
+            (Section::Chunks6, &tables6.chunks),
+        ];
+        for (which, entries) in tables {
+            section(&mut image, which, |image| image.extend(pairs(entries)));
+        }
+        for (which, long) in [(Section::Templates, false), (Section::LongTemplates, true)] {
+            let of_kind = self.adjacencies.iter();
+            let of_kind = of_kind.filter(|adjacency| adjacency.encap.is_long() == long);
+            section(&mut image, which, |image| {
+                of_kind.for_each(|adjacency| adjacency.words(image));
+            });
+        }
+        section(&mut image, Section::Paths, |image| {
+            image.extend(pairs(&paths));
         });
-        section(&mut image, Section::Chunks4, |image| {
-            image.extend(pairs(&tables4.chunks));
-        });
-        section(&mut image, Section::Root6, |image| {
-            image.extend(pairs(&tables6.root));
-        });
-        section(&mut image, Section::Chunks6, |image| {
-            image.extend(pairs(&tables6.chunks));
-        });
-        section(&mut image, Section::Templates, |image| {
-            for adjacency in &self.adjacencies {
-                let words = adjacency.header.chunks_exact(8);
-                image.extend(words.map(|part| {
-                    part.iter()
-                        .rev()
-                        .fold(0, |word, byte| (word << 8) | u64::from(*byte))
-                }));
-            }
-        });
-        let peers = self.peers4()?;
         section(&mut image, Section::Peers4, |image| {
-            image.extend(peers::build4(&peers));
+            image.extend(peers::build4(&peers4));
+        });
+        section(&mut image, Section::Peers6, |image| {
+            image.extend(peers::build6(&peers6));
         });
         section(&mut image, Section::Leases, |image| {
             self.leases.iter().for_each(|lease| lease.encode(image));
         });
 
-        let node = &self.node;
         image[0] = IMAGE_MAGIC;
         image[1] = u64::from(ABI_VERSION) | ((HEADER_WORDS as u64) << 32);
         image[2] = image.len() as u64;
-        image[4] = u64::from(u32::from(node.local))
-            | (u64::from(node.udp_port) << 32)
-            | (u64::from(node.pod_mtu) << 48);
-        image[5] = pack_mac(node.vtep_mac);
-        image[6] = u64::from(node.vni) | (u64::from(node.underlay_ifindex) << 32);
-        image[7] = u64::from(u32::from(node.subnet.0)) | (u64::from(node.subnet.1) << 32);
-        image[8] = node.flow_seed;
-        image[9] = u64::from(tables6.base_bits);
-        image[10] = tables6.base as u64;
-        image[11] = (tables6.base >> 64) as u64;
+        self.node.encode(&mut image);
+        image[BASE6_WORD] = u64::from(tables6.base_bits);
+        image[BASE6_WORD + 1..BASE6_WORD + 3].copy_from_slice(&halves(tables6.base));
         image[CHECKSUM_WORD] = checksum_image(&image, CHECKSUM_WORD);
         Ok(image)
     }
 
-    fn leaf(&self, route: Route) -> Result<u32, BuildError> {
-        Ok(match route {
-            Route::Local => Hop::Local.leaf(),
-            Route::Unresolved => Hop::Unresolved.leaf(),
-            Route::Via(id) => {
-                let adjacency = self
-                    .adjacencies
-                    .get(id.0 as usize)
-                    .ok_or(BuildError::UnknownAdjacency(id))?;
-                Hop::Via(adjacency.encap, id).leaf()
+    fn check_node(&self) -> Result<(), BuildError> {
+        let node = &self.node;
+        if node.vni >> 24 != 0 {
+            return Err(BuildError::Vni(node.vni));
+        }
+        if let Dscp::Fixed(codepoint) = node.dscp
+            && codepoint > 0x3f
+        {
+            return Err(BuildError::Dscp(codepoint));
+        }
+        let mut uplinks = node.nics.iter().map(|nic| nic.uplink);
+        if let Some(uplink) = uplinks.find(|uplink| usize::from(*uplink) >= UPLINKS) {
+            return Err(BuildError::Uplink(uplink));
+        }
+        let lengths4 = node
+            .v4
+            .map(|local| (local.subnet.1.max(local.network.1), 32));
+        let lengths6 = node
+            .v6
+            .map(|local| (local.subnet.1.max(local.network.1), 128));
+        for (len, max) in [lengths4, lengths6].into_iter().flatten() {
+            if len > max {
+                return Err(BuildError::PrefixLength { len, max });
             }
-        })
+        }
+        Ok(())
     }
 
-    fn prefixes4(&self) -> Result<Vec<Prefix>, BuildError> {
+    /// The leaf of each adjacency: its index is counted among those with templates of its length.
+    fn adjacency_leaves(&self) -> Result<Vec<u32>, BuildError> {
+        if self.adjacencies.len() > AdjacencyId::MAX.0 as usize {
+            return Err(BuildError::TooManyAdjacencies(self.adjacencies.len()));
+        }
+        let mut next = [0u32; 2];
+        let leaf = |adjacency: &Adjacency| {
+            let index = &mut next[usize::from(adjacency.encap.is_long())];
+            let leaf = Hop::Via(adjacency.encap, AdjacencyId(*index)).leaf();
+            *index += 1;
+            leaf
+        };
+        Ok(self.adjacencies.iter().map(leaf).collect())
+    }
+
+    /// The entries of all choices of paths: of each uplink, its paths in turn until the places are full.
+    fn path_entries(&self, leaves: &[u32]) -> Result<Vec<u32>, BuildError> {
+        let mut entries = Vec::new();
+        for choice in &self.paths {
+            if let Some((uplink, _)) = choice
+                .iter()
+                .find(|(uplink, _)| usize::from(*uplink) >= UPLINKS)
+            {
+                return Err(BuildError::Uplink(*uplink));
+            }
+            for uplink in 0..UPLINKS {
+                let of_uplink: Vec<u32> = choice
+                    .iter()
+                    .filter(|(of, _)| usize::from(*of) == uplink)
+                    .map(|(_, id)| adjacency_leaf(leaves, *id))
+                    .collect::<Result<_, _>>()?;
+                if of_uplink.len() > PATHS_PER_UPLINK {
+                    return Err(BuildError::TooManyPaths(of_uplink.len()));
+                }
+                let places = of_uplink.iter().copied().cycle();
+                let none = core::iter::repeat(Hop::Unresolved.leaf());
+                entries.extend(places.chain(none).take(PATHS_PER_UPLINK));
+            }
+        }
+        Ok(entries)
+    }
+
+    fn leaf(&self, leaves: &[u32], route: Route) -> Result<u32, BuildError> {
+        match route {
+            Route::Local => Ok(Hop::Local.leaf()),
+            Route::Unresolved => Ok(Hop::Unresolved.leaf()),
+            Route::Via(id) => adjacency_leaf(leaves, id),
+            Route::Paths(id) if (id.0 as usize) < self.paths.len() => Ok(Hop::Paths(id).leaf()),
+            Route::Paths(id) => Err(BuildError::UnknownPaths(id)),
+        }
+    }
+
+    fn prefixes4(&self, leaves: &[u32]) -> Result<Vec<Prefix>, BuildError> {
         let prefix = |(addr, len, route): &(Ipv4Addr, u8, Route)| {
-            let addr = u128::from(u32::from(*addr));
-            check_prefix(addr << 96, addr, *len, 32)?;
             Ok(Prefix {
-                addr: addr << 96,
+                addr: aligned4(*addr, *len)?,
                 len: u32::from(*len),
-                leaf: self.leaf(*route)?,
+                leaf: self.leaf(leaves, *route)?,
             })
         };
         self.routes4.iter().map(prefix).collect()
     }
 
-    fn prefixes6(&self) -> Result<Vec<Prefix>, BuildError> {
-        let prefix = |(addr, len, route): &(u128, u8, Route)| {
-            check_prefix(*addr, *addr, *len, 128)?;
+    fn prefixes6(&self, leaves: &[u32]) -> Result<Vec<Prefix>, BuildError> {
+        let prefix = |(addr, len, route): &(Ipv6Addr, u8, Route)| {
             Ok(Prefix {
-                addr: *addr,
+                addr: aligned6(*addr, *len)?,
                 len: u32::from(*len),
-                leaf: self.leaf(*route)?,
+                leaf: self.leaf(leaves, *route)?,
             })
         };
         self.routes6.iter().map(prefix).collect()
@@ -462,8 +488,7 @@ impl ImageBuilder {
 
     fn peers4(&self) -> Result<Vec<Peer4>, BuildError> {
         let peer = |(outer, prefix, len): &(Ipv4Addr, Ipv4Addr, u8)| {
-            let addr = u128::from(u32::from(*prefix));
-            check_prefix(addr << 96, addr, *len, 32)?;
+            aligned4(*prefix, *len)?;
             let mask = (mask(u32::from(*len)) >> 96) as u32;
             Ok(Peer4 {
                 outer: u32::from(*outer),
@@ -471,11 +496,47 @@ impl ImageBuilder {
                 mask,
             })
         };
-        let mut peers: Vec<Peer4> = self.peers4.iter().map(peer).collect::<Result<_, _>>()?;
-        peers.sort_unstable();
-        peers.dedup();
-        Ok(peers)
+        let peers: Result<Vec<Peer4>, _> = self.peers4.iter().map(peer).collect();
+        peers.map(sorted)
     }
+
+    fn peers6(&self) -> Result<Vec<Peer6>, BuildError> {
+        let peer = |(outer, prefix, len): &(Ipv6Addr, Ipv6Addr, u8)| {
+            Ok(Peer6 {
+                outer: u128::from(*outer),
+                prefix: aligned6(*prefix, *len)?,
+                mask: mask(u32::from(*len)),
+            })
+        };
+        let peers: Result<Vec<Peer6>, _> = self.peers6.iter().map(peer).collect();
+        peers.map(sorted)
+    }
+}
+
+/// In the one order that gives the same table for the same peers, each once.
+fn sorted<P: Ord>(mut peers: Vec<P>) -> Vec<P> {
+    peers.sort_unstable();
+    peers.dedup();
+    peers
+}
+
+fn adjacency_leaf(leaves: &[u32], id: AdjacencyId) -> Result<u32, BuildError> {
+    let leaf = leaves.get(id.0 as usize).copied();
+    leaf.ok_or(BuildError::UnknownAdjacency(id))
+}
+
+/// A checked prefix, left-aligned in 128 bits.
+fn aligned4(addr: Ipv4Addr, len: u8) -> Result<u128, BuildError> {
+    let addr = u128::from(u32::from(addr));
+    check_prefix(addr << 96, addr, len, 32)?;
+    Ok(addr << 96)
+}
+
+/// A checked prefix.
+fn aligned6(addr: Ipv6Addr, len: u8) -> Result<u128, BuildError> {
+    let addr = u128::from(addr);
+    check_prefix(addr, addr, len, 128)?;
+    Ok(addr)
 }
 
 fn check_prefix(aligned: u128, addr: u128, len: u8, max: u8) -> Result<(), BuildError> {

@@ -28,15 +28,15 @@ macro_rules! drop_reasons {
 }
 
 drop_reasons! {
-    /// The frame ends inside its outer Ethernet, IPv4, UDP or VXLAN header: damaged on the wire, or not a tunnel packet.
+    /// The frame ends inside its outer Ethernet, IP, UDP or VXLAN header: damaged on the wire, or not a tunnel packet.
     OuterTruncated = 0, "outer_truncated";
-    /// The outer packet is not IPv4 with a header of 20 bytes; the XDP program passes such packets to the kernel, so this is a race with its reconfiguration.
+    /// The outer packet is not plain IPv4 or IPv6: options, extension headers or an unexpected VLAN tag; the XDP program passes such packets to the kernel, so this is a race with its reconfiguration.
     OuterHeader = 1, "outer_header";
     /// The outer packet is a fragment; the XDP program passes fragments to the kernel, so this is a race with its reconfiguration.
     OuterFragment = 2, "outer_fragment";
     /// The outer IPv4 header checksum is wrong: damaged on the wire, or a sender with broken checksum offload.
     OuterChecksum = 3, "outer_checksum";
-    /// The outer IPv4 or UDP length contradicts the frame: a damaged or forged packet.
+    /// The outer IP or UDP length contradicts the frame: a damaged or forged packet.
     OuterLength = 4, "outer_length";
     /// The outer destination is not this node's address, or the protocol or port is not the tunnel's: a race with a change of this node's address.
     OuterDestination = 5, "outer_destination";
@@ -46,7 +46,7 @@ drop_reasons! {
     VxlanVni = 7, "vxlan_vni";
     /// The outer source is no peer: a node without a lease, a stale lease table, or an attack.
     UnknownPeer = 8, "unknown_peer";
-    /// The frame ends inside the inner Ethernet or IPv4 header.
+    /// The frame ends inside the inner Ethernet or IP header.
     InnerTruncated = 9, "inner_truncated";
     /// The inner destination MAC is not this node's VTEP MAC: the sender has a stale lease of this node.
     InnerDestinationMac = 10, "inner_destination_mac";
@@ -54,11 +54,11 @@ drop_reasons! {
     InnerSourceMac = 11, "inner_source_mac";
     /// The inner frame carries a VLAN tag, which pods of this network never have.
     InnerVlan = 12, "inner_vlan";
-    /// The inner frame is not IPv4.
+    /// The inner frame is not of the tunnel's address family.
     InnerEtherType = 13, "inner_ether_type";
-    /// The inner IPv4 version or header length is impossible.
+    /// The inner IP version or header length is impossible.
     InnerHeader = 14, "inner_header";
-    /// The inner IPv4 total length is longer than what the tunnel packet carries.
+    /// The inner IP length is longer than what the tunnel packet carries, or shorter than its own header.
     InnerLength = 15, "inner_length";
     /// The inner IPv4 header checksum is wrong.
     InnerChecksum = 16, "inner_checksum";
@@ -72,9 +72,9 @@ drop_reasons! {
     MultiBuffer = 20, "multi_buffer";
     /// The kernel refused the packet at the host door (rip0): the device is down, or memory is short.
     HostWriteFailed = 21, "host_write_failed";
-    /// The kernel handed over a packet that is not IPv4; only IPv4 leases are routed to rip0.
+    /// The kernel handed over a packet of an address family that this node has no lease in.
     HostNotIpv4 = 22, "host_not_ipv4";
-    /// The kernel handed over a packet whose IPv4 header is impossible or longer than the packet.
+    /// The kernel handed over a packet whose IP header is impossible or does not agree with its length.
     HostHeader = 23, "host_header";
     /// No lease covers the destination: it went away after the packet was routed to rip0.
     NoRoute = 24, "no_route";
@@ -90,6 +90,18 @@ drop_reasons! {
     TableDamaged = 29, "table_damaged";
     /// The transmit ring of the NIC queue was full when a packet had to be sent.
     NicTransmitFull = 30, "nic_transmit_full";
+    /// The outer UDP checksum is wrong, or absent over IPv6 where RFC 8200 section 8.1 demands one: damaged on the wire, or a sender with broken checksum offload.
+    OuterUdpChecksum = 31, "outer_udp_checksum";
+    /// The inner packet is a fragment that would overwrite the transport header of another (RFC 1858, RFC 3128), that hides it (RFC 7112), or that ends beyond the longest packet: an attack.
+    InnerFragment = 32, "inner_fragment";
+    /// The inner packet is IPv6 neighbour discovery (RFC 4861), such as a router advertisement: it belongs to one link and never goes through a tunnel.
+    NeighbourDiscovery = 33, "neighbour_discovery";
+    /// The inner packet is an ICMP redirect: only a router on the same link may send one (RFC 1122 section 3.2.2.2).
+    IcmpRedirect = 34, "icmp_redirect";
+    /// The source is not in this node's lease: a pod that forges its source, or traffic that should have been masqueraded on its way to another node's pod.
+    SourceNotLocal = 35, "source_not_local";
+    /// The packet came without a tunnel and its source is in no peer's lease: a stale lease table, or an attack.
+    UnknownSource = 36, "unknown_source";
 }
 
 impl DropReason {

@@ -4,16 +4,17 @@
 //! lookup can fail or read outside, whatever the words say: all indices found in the image are bounds-checked.
 
 use core::fmt;
-use core::net::Ipv4Addr;
 
 use crate::ABI_VERSION;
+use crate::adjacency::{HEADER_MAX, LONG_HEADER_WORD, LONG_WORDS, SHORT_WORDS};
 use crate::build::{
-    CHECKSUM_WORD, HEADER_WORDS, IMAGE_MAGIC, LEASE_WORDS, LeaseRecord, Node, SECTION_TABLE,
-    SECTIONS, Section, TEMPLATE_WORDS, unpack_mac,
+    BASE6_WORD, CHECKSUM_WORD, HEADER_WORDS, IMAGE_MAGIC, LEASE_WORDS, LeaseRecord,
+    PATHS_PER_UPLINK, PATHS_WORDS, SECTION_TABLE, SECTIONS, Section,
 };
 use crate::checksum::checksum_words;
-use crate::lpm::{self, AdjacencyId, CHUNK_WORDS, ROOT_WORDS};
-use crate::peers::{self, BUCKET_WORDS, PeerCheck};
+use crate::lpm::{self, AdjacencyId, CHUNK_WORDS, Encap, PathsId, ROOT_WORDS};
+use crate::node::{Node, UPLINKS, whole};
+use crate::peers::{self, BUCKET4_WORDS, BUCKET6_WORDS, PeerCheck};
 use crate::sync::{Ordering, Word};
 
 pub use crate::lpm::Hop;
@@ -97,7 +98,10 @@ pub struct Image<'r> {
     root6: &'r [Word],
     chunks6: &'r [Word],
     templates: &'r [Word],
+    long_templates: &'r [Word],
+    paths: &'r [Word],
     peers4: &'r [Word],
+    peers6: &'r [Word],
     leases: &'r [Word],
     base6: u128,
     base6_bits: u32,
@@ -145,16 +149,25 @@ impl<'r> Image<'r> {
                 .filter(|found| start >= HEADER_WORDS && possible(section, found.len()));
             *slice = inside.ok_or(ImageError::Section { section })?;
         }
-        let base6_bits = load(9);
+        let base6_bits = load(BASE6_WORD);
         // A root of 16 bits and chunks of 8 bits behind these must end at bit 128, or `lookup6` would shift too far.
         if base6_bits > 112 || !base6_bits.is_multiple_of(8) {
             return Err(ImageError::Section {
                 section: Section::Root6 as usize,
             });
         }
-        let [root4, chunks4, root6, chunks6, templates, peers4, leases] = sections;
-        let base6 = u128::from(load(10)) | (u128::from(load(11)) << 64);
-        let base6_bits = base6_bits as u32;
+        let [
+            root4,
+            chunks4,
+            root6,
+            chunks6,
+            templates,
+            long_templates,
+            paths,
+            peers4,
+            peers6,
+            leases,
+        ] = sections;
         Ok(Self {
             words,
             root4,
@@ -162,10 +175,13 @@ impl<'r> Image<'r> {
             root6,
             chunks6,
             templates,
+            long_templates,
+            paths,
             peers4,
+            peers6,
             leases,
-            base6,
-            base6_bits,
+            base6: whole([load(BASE6_WORD + 1), load(BASE6_WORD + 2)]),
+            base6_bits: base6_bits as u32,
         })
     }
 
@@ -189,22 +205,8 @@ impl<'r> Image<'r> {
     }
 
     /// The node that the image is for. Copies it out of shared memory: call it once per image, not per packet.
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "narrow values are packed into words"
-    )]
     pub fn node(&self) -> Node {
-        let (address, identity, subnet) = (self.header(4), self.header(6), self.header(7));
-        Node {
-            local: Ipv4Addr::from(address as u32),
-            udp_port: (address >> 32) as u16,
-            pod_mtu: (address >> 48) as u16,
-            vtep_mac: unpack_mac(self.header(5)),
-            vni: identity as u32,
-            underlay_ifindex: (identity >> 32) as u32,
-            subnet: (Ipv4Addr::from(subnet as u32), (subnet >> 32) as u8),
-            flow_seed: self.header(8),
-        }
+        Node::decode(|index| self.header(index))
     }
 
     /// Longest-prefix match of an IPv4 destination.
@@ -222,18 +224,42 @@ impl<'r> Image<'r> {
         lpm::lookup6(self.base6, self.base6_bits, self.root6, self.chunks6, addr)
     }
 
-    /// The header template of an adjacency as eight words, first byte lowest; `None` if there is no such adjacency.
+    /// The short template of an adjacency: the last 64 bytes before the inner packet as eight words, first byte lowest.
+    /// Its lowest byte is the length of the header, unless that fills the template. `None` if there is no such
+    /// adjacency.
     #[inline]
-    pub fn template(&self, id: AdjacencyId) -> Option<[u64; TEMPLATE_WORDS]> {
-        let start = id.0 as usize * TEMPLATE_WORDS;
-        let words: &[Word; TEMPLATE_WORDS] = self
-            .templates
-            .get(start..start + TEMPLATE_WORDS)?
-            .try_into()
-            .ok()?;
+    pub fn template(&self, id: AdjacencyId) -> Option<[u64; SHORT_WORDS]> {
+        let words = template_words::<SHORT_WORDS>(self.templates, id)?;
         Some(core::array::from_fn(|index| {
             words[index].load(Ordering::Relaxed)
         }))
+    }
+
+    /// The long template of an adjacency ([`Encap::Vxlan4Tagged`] and [`Encap::Vxlan6`]): the length of its header, and
+    /// the last [`HEADER_MAX`] bytes before the inner packet. `None` if there is no such adjacency.
+    #[inline]
+    pub fn long_template(&self, id: AdjacencyId) -> Option<(usize, [u64; HEADER_MAX / 8])> {
+        let words = template_words::<LONG_WORDS>(self.long_templates, id)?;
+        let length = words[0].load(Ordering::Relaxed) & 0xff;
+        let header =
+            core::array::from_fn(|index| words[LONG_HEADER_WORD + index].load(Ordering::Relaxed));
+        Some((length as usize, header))
+    }
+
+    /// The path of a flow: `hash` is any number that is the same for all its packets and evenly spread over flows.
+    #[inline]
+    pub fn path(&self, id: PathsId, uplink: u8, hash: u32) -> Hop {
+        let place = (u64::from(hash) * PATHS_PER_UPLINK as u64) >> 32;
+        let uplink = usize::from(uplink);
+        if uplink >= UPLINKS {
+            return Hop::Unresolved;
+        }
+        let first = (id.0 as usize * UPLINKS + uplink) * PATHS_PER_UPLINK;
+        match Hop::from_leaf(lpm::entry(self.paths, first + place as usize)) {
+            // A choice within a choice cannot exist; a damaged table that claims one reads as no route.
+            Hop::Paths(_) => Hop::None,
+            hop @ (Hop::None | Hop::Local | Hop::Unresolved | Hop::Via(..)) => hop,
+        }
     }
 
     /// Whether `outer` is a peer that may send a packet with the inner source `inner`.
@@ -242,13 +268,42 @@ impl<'r> Image<'r> {
         peers::check4(self.peers4, outer, inner)
     }
 
+    /// As [`Image::check_peer4`].
+    #[inline]
+    pub fn check_peer6(&self, outer: u128, inner: u128) -> PeerCheck {
+        peers::check6(self.peers6, outer, inner)
+    }
+
     /// Touches what [`Image::lookup4`] and [`Image::template`] will read for this destination, so that it is on its way
     /// into the cache: the loads of several packets overlap, which one after the other they would not. The value means
     /// nothing; it is there to be used, or the compiler would leave the loads out.
     #[inline]
     pub fn warm_route4(&self, addr: u32) -> u64 {
         match self.lookup4(addr) {
-            Hop::Via(_, id) => first_word(self.templates, id.0 as usize * TEMPLATE_WORDS),
+            // The commonest by itself, short enough to be part of the caller.
+            Hop::Via(Encap::Vxlan4, id) => first_word(self.templates, id.0 as usize * SHORT_WORDS),
+            hop => self.warm_hop(hop),
+        }
+    }
+
+    /// As [`Image::warm_route4`].
+    #[inline]
+    pub fn warm_route6(&self, addr: u128) -> u64 {
+        self.warm_hop(self.lookup6(addr))
+    }
+
+    #[inline(never)]
+    fn warm_hop(&self, hop: Hop) -> u64 {
+        match hop {
+            Hop::Via(encap, id) if !encap.is_long() => {
+                first_word(self.templates, id.0 as usize * SHORT_WORDS)
+            }
+            // The last of its two cache lines; the processor fetches neighbours in pairs.
+            Hop::Via(_, id) => first_word(
+                self.long_templates,
+                id.0 as usize * LONG_WORDS + LONG_WORDS - 1,
+            ),
+            Hop::Paths(id) => first_word(self.paths, id.0 as usize * PATHS_WORDS),
             Hop::None | Hop::Local | Hop::Unresolved => 0,
         }
     }
@@ -259,9 +314,37 @@ impl<'r> Image<'r> {
         first_word(self.peers4, peers::place4(self.peers4, outer))
     }
 
+    /// As [`Image::warm_peer4`].
+    #[inline]
+    pub fn warm_peer6(&self, outer: u128) -> u64 {
+        first_word(self.peers6, peers::place6(self.peers6, outer))
+    }
+
     /// Number of adjacencies.
     pub fn adjacencies(&self) -> usize {
-        self.templates.len() / TEMPLATE_WORDS
+        self.templates.len() / SHORT_WORDS + self.long_templates.len() / LONG_WORDS
+    }
+
+    /// The header of an adjacency as bytes, for people and tests.
+    pub fn header_bytes(&self, encap: Encap, id: AdjacencyId) -> Option<alloc::vec::Vec<u8>> {
+        let flat = |words: &[u64]| -> alloc::vec::Vec<u8> {
+            words.iter().flat_map(|word| word.to_le_bytes()).collect()
+        };
+        let (bytes, length) = if encap.is_long() {
+            let (length, words) = self.long_template(id)?;
+            (flat(&words), length)
+        } else {
+            let words = self.template(id)?;
+            let length = match encap {
+                Encap::Vxlan4 => SHORT_WORDS * 8,
+                Encap::Vxlan4Tagged | Encap::Vxlan6 | Encap::Ipip | Encap::Udp | Encap::Direct => {
+                    (words[0] & 0xff) as usize
+                }
+            };
+            (flat(&words), length)
+        };
+        let start = bytes.len().checked_sub(length)?;
+        Some(bytes[start..].to_vec())
     }
 
     /// Size of the image in bytes.
@@ -283,6 +366,12 @@ impl<'r> Image<'r> {
 }
 
 #[inline]
+fn template_words<const N: usize>(templates: &[Word], id: AdjacencyId) -> Option<&[Word; N]> {
+    let start = id.0 as usize * N;
+    templates.get(start..start + N)?.try_into().ok()
+}
+
+#[inline]
 fn first_word(words: &[Word], index: usize) -> u64 {
     words
         .get(index)
@@ -297,12 +386,19 @@ fn possible(section: usize, len: usize) -> bool {
     const CHUNKS4: usize = Section::Chunks4 as usize;
     const CHUNKS6: usize = Section::Chunks6 as usize;
     const TEMPLATES: usize = Section::Templates as usize;
+    const LONG_TEMPLATES: usize = Section::LongTemplates as usize;
+    const PATHS: usize = Section::Paths as usize;
     const PEERS4: usize = Section::Peers4 as usize;
+    const PEERS6: usize = Section::Peers6 as usize;
+    let hash_table = |unit: usize| len == 0 || (whole(unit) && (len / unit).is_power_of_two());
     match section {
         ROOT4 | ROOT6 => len == 0 || len == ROOT_WORDS,
         CHUNKS4 | CHUNKS6 => whole(CHUNK_WORDS),
-        TEMPLATES => whole(TEMPLATE_WORDS),
-        PEERS4 => len == 0 || (whole(BUCKET_WORDS) && (len / BUCKET_WORDS).is_power_of_two()),
+        TEMPLATES => whole(SHORT_WORDS),
+        LONG_TEMPLATES => whole(LONG_WORDS),
+        PATHS => whole(PATHS_WORDS),
+        PEERS4 => hash_table(BUCKET4_WORDS),
+        PEERS6 => hash_table(BUCKET6_WORDS),
         _ => whole(LEASE_WORDS),
     }
 }

@@ -20,6 +20,7 @@
 
 extern crate alloc;
 
+mod adjacency;
 mod build;
 mod checksum;
 mod drop_reason;
@@ -27,20 +28,23 @@ mod image;
 mod lpm;
 #[cfg(feature = "map")]
 pub mod map;
+mod node;
 mod peers;
 pub mod publish;
 pub mod stats;
 pub mod sync;
 
+pub use adjacency::{Adjacency, Ethernet, HEADER_MAX};
 pub use build::{
-    Adjacency, BuildError, FAMILY_IPV4, FAMILY_IPV6, ImageBuilder, LeaseRecord, Node, Route,
+    BuildError, FAMILY_IPV4, FAMILY_IPV6, ImageBuilder, LeaseRecord, PATHS_PER_UPLINK, Route,
 };
 pub use drop_reason::DropReason;
 pub use image::{Hop, Image, ImageError};
-pub use lpm::{AdjacencyId, Encap};
+pub use lpm::{AdjacencyId, Encap, PathsId};
+pub use node::{Backend, Dscp, Local, NICS, NicRecord, Node, UPLINKS, halves};
 pub use peers::PeerCheck;
 pub use publish::{Publisher, Reader, Region};
 pub use sync::Word;
 
 /// Version of both layouts. A change of any offset or meaning changes it; regions of another version are refused.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;

@@ -31,6 +31,12 @@ const KIND_NONE: u32 = 0;
 const KIND_LOCAL: u32 = 1;
 const KIND_UNRESOLVED: u32 = 2;
 const KIND_VXLAN4: u32 = 3;
+const KIND_VXLAN4_TAGGED: u32 = 4;
+const KIND_VXLAN6: u32 = 5;
+const KIND_IPIP: u32 = 6;
+const KIND_UDP: u32 = 7;
+const KIND_DIRECT: u32 = 8;
+const KIND_PATHS: u32 = 9;
 
 /// Index of an adjacency in its image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,11 +47,51 @@ impl AdjacencyId {
     pub const MAX: Self = Self(INDEX_MASK);
 }
 
+/// Index of a choice of paths in its image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PathsId(pub u32);
+
+impl PathsId {
+    /// The largest index that a leaf can carry.
+    pub const MAX: Self = Self(INDEX_MASK);
+}
+
 /// How packets to an adjacency are encapsulated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encap {
     /// VXLAN (RFC 7348) over IPv4: a header of 64 bytes, outer Ethernet to inner Ethernet.
     Vxlan4,
+    /// The same with an 802.1Q tag: 68 bytes.
+    Vxlan4Tagged,
+    /// VXLAN over IPv6: 84 bytes, 88 with a tag.
+    Vxlan6,
+    /// IPv4 in IPv4 (RFC 2003): 34 bytes, 38 with a tag.
+    Ipip,
+    /// IPv4 as the payload of UDP over IPv4: 42 bytes, 46 with a tag.
+    Udp,
+    /// No tunnel: Ethernet alone, 14 bytes, 18 with a tag.
+    Direct,
+}
+
+impl Encap {
+    /// Whether its templates are among the long ones.
+    pub(crate) const fn is_long(self) -> bool {
+        match self {
+            Self::Vxlan4Tagged | Self::Vxlan6 => true,
+            Self::Vxlan4 | Self::Ipip | Self::Udp | Self::Direct => false,
+        }
+    }
+
+    const fn kind(self) -> u32 {
+        match self {
+            Self::Vxlan4 => KIND_VXLAN4,
+            Self::Vxlan4Tagged => KIND_VXLAN4_TAGGED,
+            Self::Vxlan6 => KIND_VXLAN6,
+            Self::Ipip => KIND_IPIP,
+            Self::Udp => KIND_UDP,
+            Self::Direct => KIND_DIRECT,
+        }
+    }
 }
 
 /// What the table says about a destination.
@@ -59,6 +105,8 @@ pub enum Hop {
     Unresolved,
     /// To be sent through an adjacency.
     Via(Encap, AdjacencyId),
+    /// To be sent through one of several adjacencies.
+    Paths(PathsId),
 }
 
 impl Hop {
@@ -67,15 +115,24 @@ impl Hop {
             Self::None => KIND_NONE << KIND_SHIFT,
             Self::Local => KIND_LOCAL << KIND_SHIFT,
             Self::Unresolved => KIND_UNRESOLVED << KIND_SHIFT,
-            Self::Via(Encap::Vxlan4, id) => (KIND_VXLAN4 << KIND_SHIFT) | (id.0 & INDEX_MASK),
+            Self::Via(encap, id) => (encap.kind() << KIND_SHIFT) | (id.0 & INDEX_MASK),
+            Self::Paths(id) => (KIND_PATHS << KIND_SHIFT) | (id.0 & INDEX_MASK),
         }
     }
 
     /// Decodes a leaf; a kind that this version does not know reads as no route.
     #[inline]
     pub(crate) fn from_leaf(leaf: u32) -> Self {
+        let index = leaf & INDEX_MASK;
+        let via = |encap| Self::Via(encap, AdjacencyId(index));
         match leaf >> KIND_SHIFT {
-            KIND_VXLAN4 => Self::Via(Encap::Vxlan4, AdjacencyId(leaf & INDEX_MASK)),
+            KIND_VXLAN4 => via(Encap::Vxlan4),
+            KIND_VXLAN4_TAGGED => via(Encap::Vxlan4Tagged),
+            KIND_VXLAN6 => via(Encap::Vxlan6),
+            KIND_IPIP => via(Encap::Ipip),
+            KIND_UDP => via(Encap::Udp),
+            KIND_DIRECT => via(Encap::Direct),
+            KIND_PATHS => Self::Paths(PathsId(index)),
             KIND_LOCAL => Self::Local,
             KIND_UNRESOLVED => Self::Unresolved,
             _ => Self::None,
@@ -191,7 +248,7 @@ fn descend(entry: u32, chunks: &mut Vec<u32>) -> (u32, usize) {
 
 /// Entry `index` of a table that keeps two entries to a word; past its end there is no route.
 #[inline]
-fn entry(words: &[Word], index: usize) -> u32 {
+pub(crate) fn entry(words: &[Word], index: usize) -> u32 {
     let Some(word) = words.get(index >> 1) else {
         return 0;
     };

@@ -1,17 +1,21 @@
-//! Who may send us tunnel packets, and for which inner sources: an open-addressing hash table.
+//! Who may send us tunnel packets, and for which inner sources: open-addressing hash tables, one per address family.
 //!
-//! One bucket is two words (IPv4), keyed by the outer source address. A node that holds several leases has several
-//! buckets with the same key; they follow each other in probe order. The table is at most half full, so a run ends
-//! soon, and the walk is bounded by the table's size even when the table is damaged.
+//! A bucket is two words (IPv4) or eight (IPv6), keyed by the outer source address. A node that holds several leases
+//! has several buckets with the same key; they follow each other in probe order. A table is at most half full, so a
+//! run ends soon, and the walk is bounded by the table's size even when the table is damaged.
 
 use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::node::halves;
 use crate::sync::{Ordering, Word};
 
-/// Words of one bucket: `outer | prefix << 32`, `mask | PRESENT`.
-pub(crate) const BUCKET_WORDS: usize = 2;
+/// Words of an IPv4 bucket: `outer | prefix << 32`, `mask | PRESENT`.
+pub(crate) const BUCKET4_WORDS: usize = 2;
+/// Words of an IPv6 bucket: outer, prefix and mask, low half first; zero; [`PRESENT`].
+pub(crate) const BUCKET6_WORDS: usize = 8;
 const PRESENT: u64 = 1 << 32;
+const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Whether an outer source may send a packet with this inner source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +28,7 @@ pub enum PeerCheck {
     UnknownPeer,
 }
 
-/// One entry while the table is built.
+/// One IPv4 entry while the table is built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Peer4 {
     pub(crate) outer: u32,
@@ -32,10 +36,28 @@ pub(crate) struct Peer4 {
     pub(crate) mask: u32,
 }
 
+/// One IPv6 entry while the table is built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Peer6 {
+    pub(crate) outer: u128,
+    pub(crate) prefix: u128,
+    pub(crate) mask: u128,
+}
+
 #[inline]
 fn hash4(outer: u32, buckets: usize) -> usize {
     // Multiplicative hashing; the product's upper half is well mixed, the table size is a power of two.
-    let mixed = u64::from(outer).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    let mixed = u64::from(outer).wrapping_mul(MULTIPLIER) >> 32;
+    let index = mixed as usize;
+    index & (buckets - 1)
+}
+
+#[inline]
+fn hash6(outer: u128, buckets: usize) -> usize {
+    // Nodes differ in a few bits anywhere in the address: both halves are mixed before they meet.
+    let [low, high] = halves(outer);
+    let mixed =
+        (low ^ high.wrapping_mul(MULTIPLIER).rotate_left(31)).wrapping_mul(MULTIPLIER) >> 32;
     let index = mixed as usize;
     index & (buckets - 1)
 }
@@ -43,28 +65,74 @@ fn hash4(outer: u32, buckets: usize) -> usize {
 /// Where the search for an outer source begins, in words.
 #[inline]
 pub(crate) fn place4(table: &[Word], outer: u32) -> usize {
-    match table.len() / BUCKET_WORDS {
+    match table.len() / BUCKET4_WORDS {
         0 => 0,
-        buckets => hash4(outer, buckets) * BUCKET_WORDS,
+        buckets => hash4(outer, buckets) * BUCKET4_WORDS,
     }
 }
 
-/// Builds the table; `peers` in any order gives the same table after sorting by the caller.
+/// As [`place4`].
+#[inline]
+pub(crate) fn place6(table: &[Word], outer: u128) -> usize {
+    match table.len() / BUCKET6_WORDS {
+        0 => 0,
+        buckets => hash6(outer, buckets) * BUCKET6_WORDS,
+    }
+}
+
+/// Builds the IPv4 table; `peers` in any order gives the same table after sorting by the caller.
 pub(crate) fn build4(peers: &[Peer4]) -> Vec<u64> {
+    build(peers, |peer, buckets| {
+        let words = [
+            u64::from(peer.outer) | (u64::from(peer.prefix) << 32),
+            u64::from(peer.mask) | PRESENT,
+        ];
+        (hash4(peer.outer, buckets), words)
+    })
+}
+
+/// Builds the IPv6 table; as [`build4`].
+pub(crate) fn build6(peers: &[Peer6]) -> Vec<u64> {
+    build(peers, |peer, buckets| {
+        let [outer, prefix, mask] = [peer.outer, peer.prefix, peer.mask].map(halves);
+        let words = [
+            outer[0], outer[1], prefix[0], prefix[1], mask[0], mask[1], 0, PRESENT,
+        ];
+        (hash6(peer.outer, buckets), words)
+    })
+}
+
+/// Puts each peer into the first free bucket from its own on. `bucket` gives that and its words, [`PRESENT`] in the
+/// last.
+fn build<P, const N: usize>(
+    peers: &[P],
+    bucket: impl Fn(&P, usize) -> (usize, [u64; N]),
+) -> Vec<u64> {
     if peers.is_empty() {
         return Vec::new();
     }
     let buckets = (peers.len() * 2).next_power_of_two();
-    let mut words = vec![0u64; buckets * BUCKET_WORDS];
+    let mut words = vec![0u64; buckets * N];
     for peer in peers {
-        let mut index = hash4(peer.outer, buckets);
-        while words[index * BUCKET_WORDS + 1] & PRESENT != 0 {
+        let (mut index, content) = bucket(peer, buckets);
+        while words[(index + 1) * N - 1] & PRESENT != 0 {
             index = (index + 1) & (buckets - 1);
         }
-        words[index * BUCKET_WORDS] = u64::from(peer.outer) | (u64::from(peer.prefix) << 32);
-        words[index * BUCKET_WORDS + 1] = u64::from(peer.mask) | PRESENT;
+        words[index * N..(index + 1) * N].copy_from_slice(&content);
     }
     words
+}
+
+/// What a bucket says about a packet.
+enum Seen {
+    /// Nothing: the search is over.
+    Empty,
+    /// It is about another outer source.
+    Other,
+    /// The outer source has a lease, but the inner source is not in it.
+    Foreign,
+    /// The inner source is in a lease of the outer source.
+    Allowed,
 }
 
 /// Looks up an outer source and checks the inner source against its leases.
@@ -74,30 +142,62 @@ pub(crate) fn build4(peers: &[Peer4]) -> Vec<u64> {
     reason = "buckets keep two 32-bit values in a word"
 )]
 pub(crate) fn check4(table: &[Word], outer: u32, inner: u32) -> PeerCheck {
-    let buckets = table.len() / BUCKET_WORDS;
-    if buckets == 0 {
-        return PeerCheck::UnknownPeer;
-    }
-    let mut known = PeerCheck::UnknownPeer;
-    let mut index = hash4(outer, buckets);
-    for _ in 0..buckets {
-        let Some([key, rule]) =
-            table.get(index * BUCKET_WORDS..index * BUCKET_WORDS + BUCKET_WORDS)
-        else {
-            break;
-        };
+    search(table, place4(table, outer), |[key, rule]| {
         let rule = rule.load(Ordering::Relaxed);
         if rule & PRESENT == 0 {
-            break;
+            return Seen::Empty;
         }
         let key = key.load(Ordering::Relaxed);
-        if key as u32 == outer {
-            if (inner ^ (key >> 32) as u32) & rule as u32 == 0 {
-                return PeerCheck::Allowed;
-            }
-            known = PeerCheck::ForeignSource;
+        if key as u32 != outer {
+            Seen::Other
+        } else if (inner ^ (key >> 32) as u32) & rule as u32 == 0 {
+            Seen::Allowed
+        } else {
+            Seen::Foreign
         }
-        index = (index + 1) & (buckets - 1);
+    })
+}
+
+/// As [`check4`].
+#[inline]
+pub(crate) fn check6(table: &[Word], outer: u128, inner: u128) -> PeerCheck {
+    let ([outer_low, outer_high], [inner_low, inner_high]) = (halves(outer), halves(inner));
+    search(table, place6(table, outer), |bucket: &[Word; 8]| {
+        let word = |index: usize| bucket[index].load(Ordering::Relaxed);
+        if word(BUCKET6_WORDS - 1) & PRESENT == 0 {
+            return Seen::Empty;
+        }
+        if word(0) != outer_low || word(1) != outer_high {
+            Seen::Other
+        } else if (inner_low ^ word(2)) & word(4) | (inner_high ^ word(3)) & word(5) == 0 {
+            Seen::Allowed
+        } else {
+            Seen::Foreign
+        }
+    })
+}
+
+/// Walks the buckets of `N` words from the one at word `place` on, once around at most.
+#[inline]
+fn search<const N: usize>(
+    table: &[Word],
+    place: usize,
+    see: impl Fn(&[Word; N]) -> Seen,
+) -> PeerCheck {
+    let mut known = PeerCheck::UnknownPeer;
+    let mut place = place;
+    for _ in 0..table.len() / N {
+        let Some(bucket) = table.get(place..).and_then(<[Word]>::first_chunk) else {
+            break;
+        };
+        match see(bucket) {
+            Seen::Empty => break,
+            Seen::Other => {}
+            Seen::Foreign => known = PeerCheck::ForeignSource,
+            Seen::Allowed => return PeerCheck::Allowed,
+        }
+        // The table's length is a power of two of buckets, and so of words.
+        place = (place + N) & (table.len() - 1);
     }
     known
 }

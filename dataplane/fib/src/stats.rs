@@ -55,6 +55,7 @@ const W_NAME: usize = 8; // 2 words
 const W_PLACE: usize = 10;
 const W_FACTS: usize = 11;
 const W_FRAMES: usize = 12;
+const W_MEMORY: usize = 13;
 const W_HEARTBEAT: usize = 16;
 const W_GENERATION: usize = 17;
 const W_COUNTERS: usize = 32;
@@ -155,26 +156,30 @@ catalogue! {
 catalogue! {
     /// What became of the frames that the XDP program of a NIC saw. Each frame has exactly one outcome.
     XdpCounter {
-        /// Tunnel packet, handed to the worker of its receive queue.
+        /// Packet from another node's pod, handed to the worker of its receive queue.
         Redirected = "redirected";
-        /// Tunnel packet on a receive queue without a worker, left to the kernel: add a configuration file for that queue.
+        /// Such a packet on a receive queue without a worker, left to the kernel: add a configuration file for that queue.
         NoSocket = "no_socket";
-        /// UDP fragment to this node, left to the kernel: a path MTU below the tunnel's outer packet.
+        /// Fragment to this node's tunnel address or pods, left to the kernel: a path MTU below the tunnel's outer packet.
         Fragment = "fragment";
-        /// Tunnel packet with IP options, left to the kernel.
+        /// Packet with IP options or IPv6 extension headers to this node's tunnel or pods, left to the kernel.
         IpOptions = "ip_options";
-        /// Tunnel packet whose IP, UDP and frame lengths disagree, left to the kernel: a broken or hostile sender.
+        /// Packet for a worker whose IP, UDP and frame lengths disagree, left to the kernel: a broken or hostile sender.
         BadLength = "bad_length";
         /// Tunnel packet with unknown VXLAN flags or reserved bits, left to the kernel: a sender with extensions.
         VxlanFlags = "vxlan_flags";
         /// Tunnel packet of another VNI, left to the kernel: another overlay, or a peer configured differently.
         OtherVni = "other_vni";
-        /// Tunnel packet longer than a UMEM frame, left to the kernel: raise umem.frameSize; in generic mode GRO makes them.
+        /// Packet longer than a UMEM frame, left to the kernel: raise umem.frameSize; in generic mode GRO makes them.
         TooLong = "too_long";
-        /// Not for the tunnel, left to the kernel.
+        /// Not for a worker, left to the kernel.
         PassedOther = "passed_other";
-        /// Tunnel packet for a worker that has stopped moving, left to the kernel: look for a stopped or starved data plane.
+        /// Packet for a worker that has stopped moving, left to the kernel: look for a stopped or starved data plane.
         Stalled = "stalled";
+        /// Frame of another VLAN than the underlay's, left to the kernel: another network; or the NIC has taken the tag off.
+        OtherVlan = "other_vlan";
+        /// Tunnel packet over IPv6 without a UDP checksum, left to the kernel: a sender that is configured to omit it.
+        UdpChecksum = "udp_checksum";
     }
 }
 
@@ -224,6 +229,10 @@ pub struct WorkerIdentity {
     pub frames: u32,
     /// Bytes of a frame.
     pub frame_size: u32,
+    /// Whether the UMEM lies on huge pages.
+    pub huge_pages: bool,
+    /// NUMA node that the UMEM is bound to, on machines that have several.
+    pub numa_node: Option<u16>,
 }
 
 /// What a worker has counted, in plain integers of its own.
@@ -400,6 +409,10 @@ impl<'r> Stats<'r> {
         let frames = u64::from(identity.frames) | (u64::from(identity.frame_size) << 32);
         self.worker_word(worker, W_FRAMES)
             .store(frames, Ordering::Relaxed);
+        let node = identity.numa_node.map_or(0, |node| 1 + u64::from(node));
+        let memory = u64::from(identity.huge_pages) | node << 8;
+        self.worker_word(worker, W_MEMORY)
+            .store(memory, Ordering::Relaxed);
     }
 
     /// Publishes a worker's counters, then its heartbeat.
@@ -484,7 +497,8 @@ impl<'r> Stats<'r> {
         let load = |field: usize| self.worker_word(worker, field).load(Ordering::Relaxed);
         let heartbeat_ns = load(W_HEARTBEAT);
         fence(Ordering::Acquire); // SYNC heartbeat
-        let (place, facts, frames) = (load(W_PLACE), load(W_FACTS), load(W_FRAMES));
+        let (place, facts, frames, memory) =
+            (load(W_PLACE), load(W_FACTS), load(W_FRAMES), load(W_MEMORY));
         let mode = Mode::ALL
             .get((facts & 0xff) as usize)
             .copied()
@@ -502,6 +516,10 @@ impl<'r> Stats<'r> {
                 polling,
                 frames: frames as u32,
                 frame_size: (frames >> 32) as u32,
+                huge_pages: memory & 1 != 0,
+                numa_node: ((memory >> 8) as u32)
+                    .checked_sub(1)
+                    .map(|node| node as u16),
             },
             heartbeat_ns,
             generation: load(W_GENERATION),

@@ -1,23 +1,48 @@
 //! Images against a dumb oracle: a sorted list of prefixes and a list of peers.
 
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 
 use proptest::prelude::*;
 use ripstop_fib::sync::words;
 use ripstop_fib::{
-    Adjacency, AdjacencyId, Encap, Hop, Image, ImageBuilder, Node, PeerCheck, Route,
+    Adjacency, AdjacencyId, Backend, Dscp, Encap, Ethernet, Hop, Image, ImageBuilder, Local, NICS,
+    NicRecord, Node, PeerCheck, Route,
 };
 
 fn node() -> Node {
+    let mut nics = [NicRecord::default(); NICS];
+    nics[0] = NicRecord {
+        ifindex: 2,
+        uplink: 0,
+        vlan: 0,
+    };
+    nics[1] = NicRecord {
+        ifindex: 3,
+        uplink: 1,
+        vlan: 100,
+    };
     Node {
-        local: Ipv4Addr::new(10, 199, 0, 11),
+        backend: Backend::Vxlan,
+        v4: Some(Local {
+            address: Ipv4Addr::new(10, 199, 0, 11),
+            subnet: (Ipv4Addr::new(10, 244, 1, 0), 24),
+            network: (Ipv4Addr::new(10, 244, 0, 0), 16),
+            pod_mtu: 1450,
+            vtep_mac: [2, 0x52, 0x53, 0, 0, 1],
+        }),
+        v6: Some(Local {
+            address: Ipv6Addr::from(0xfd00_0199 << 96 | 0x11),
+            subnet: (Ipv6Addr::from(0xfd10_0244_0001 << 80), 48),
+            network: (Ipv6Addr::from(0xfd10_0244 << 96), 32),
+            pod_mtu: 1430,
+            vtep_mac: [2, 0x52, 0x53, 0, 6, 1],
+        }),
         udp_port: 8472,
         vni: 1,
-        vtep_mac: [2, 0x52, 0x53, 0, 0, 1],
-        subnet: (Ipv4Addr::new(10, 244, 1, 0), 24),
-        pod_mtu: 1450,
-        underlay_ifindex: 2,
+        direct: true,
+        dscp: Dscp::Fixed(10),
         flow_seed: 7,
+        nics,
     }
 }
 
@@ -25,8 +50,11 @@ fn adjacency(number: u32) -> Adjacency {
     let [a, b, c, d] = number.to_be_bytes();
     Adjacency::vxlan4(
         &node(),
-        [2, 0, 0, 0, 0, 1],
-        [2, 1, a, b, c, d],
+        Ethernet {
+            source: [2, 0, 0, 0, 0, 1],
+            destination: [2, 1, a, b, c, d],
+            vlan: None,
+        },
         Ipv4Addr::from(0x0ac7_0000 | number),
         [2, 2, a, b, c, d],
     )
@@ -45,6 +73,7 @@ fn oracle(routes: &[(u128, u8, Route)], bits: u32, addr: u128) -> Hop {
         Some((_, _, Route::Local)) => Hop::Local,
         Some((_, _, Route::Unresolved)) => Hop::Unresolved,
         Some((_, _, Route::Via(id))) => Hop::Via(Encap::Vxlan4, *id),
+        Some((_, _, Route::Paths(id))) => Hop::Paths(*id),
     }
 }
 
@@ -119,7 +148,7 @@ proptest! {
             routes.retain(|(other, other_len, _)| (*other, *other_len) != (addr, len));
             routes.push((addr, len, route(*choice)));
         }
-        for (addr, len, route) in &routes { builder.route6(*addr, *len, *route); }
+        for (addr, len, route) in &routes { builder.route6(Ipv6Addr::from(*addr), *len, *route); }
         let image = words(&builder.build().unwrap());
         let image = Image::attach(&image).unwrap();
         let edges = routes.iter().flat_map(|(addr, len, _)| {

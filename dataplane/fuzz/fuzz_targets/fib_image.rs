@@ -4,7 +4,7 @@
 //! the checks that noise never passes. A change is ten bytes: the word's index and what is added to its value.
 #![no_main]
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::OnceLock;
 
 use libfuzzer_sys::fuzz_target;
@@ -12,13 +12,13 @@ use ripstop_fib::publish::region_words;
 use ripstop_fib::stats::{STATS_WORDS, Stats};
 use ripstop_fib::sync::words;
 use ripstop_fib::{
-    Adjacency, AdjacencyId, FAMILY_IPV4, Image, ImageBuilder, LeaseRecord, Node, Publisher, Reader,
-    Region, Route, Word,
+    Adjacency, AdjacencyId, Backend, Dscp, Encap, Ethernet, FAMILY_IPV4, Image, ImageBuilder,
+    LeaseRecord, Local, NICS, NicRecord, Node, PathsId, Publisher, Reader, Region, Route, Word,
 };
 
 const SLOTS: usize = 2;
-const SLOT_WORDS: usize = 128;
-const HEADER_WORDS: usize = 32;
+const SLOT_WORDS: usize = 256;
+const HEADER_WORDS: usize = 64;
 
 fuzz_target!(|data: &[u8]| {
     let Some((choice, rest)) = data.split_first() else {
@@ -81,8 +81,13 @@ fn ask_image(words: &[Word]) {
         let _ = (lease.node_name().len(), lease.subnet);
     }
     let adjacencies = image.adjacencies() as u32;
-    for id in (0..adjacencies).chain([AdjacencyId::MAX.0, u32::MAX]) {
-        assert_eq!(image.template(AdjacencyId(id)).is_some(), id < adjacencies);
+    for id in (0..=adjacencies).chain([AdjacencyId::MAX.0, u32::MAX]) {
+        for encap in [Encap::Vxlan4, Encap::Vxlan6, Encap::Ipip] {
+            let _ = image.header_bytes(encap, AdjacencyId(id));
+        }
+        for uplink in [0, 3, 4, u8::MAX] {
+            let _ = image.path(PathsId(id), uplink, node.vni);
+        }
     }
     let mut seed = image.checksum() ^ node.flow_seed;
     for step in 0..256u32 {
@@ -92,7 +97,7 @@ fn ask_image(words: &[Word]) {
             random,
             0x0af4_0000 | random & 0xffff,
             step << 24 | step,
-            node.local.into(),
+            node.v4.map_or(0, |local| local.address.into()),
         ] {
             image.lookup4(addr);
             image.check_peer4(addr, random);
@@ -100,6 +105,8 @@ fn ask_image(words: &[Word]) {
         }
         let wide = u128::from(seed) << (step % 65);
         image.lookup6(wide);
+        image.check_peer6(wide, wide);
+        image.check_peer6(0xfd00_0199 << 96 | 0x12, wide);
         image.lookup6(0xfd10_0244_0002 << 80 | wide);
     }
 }
@@ -140,15 +147,39 @@ fn ask_stats(words: &[Word]) {
 }
 
 fn node() -> Node {
+    let mut nics = [NicRecord::default(); NICS];
+    nics[0] = NicRecord {
+        ifindex: 2,
+        uplink: 0,
+        vlan: 0,
+    };
+    nics[1] = NicRecord {
+        ifindex: 3,
+        uplink: 1,
+        vlan: 100,
+    };
     Node {
-        local: Ipv4Addr::new(10, 199, 0, 11),
+        backend: Backend::Vxlan,
+        v4: Some(Local {
+            address: Ipv4Addr::new(10, 199, 0, 11),
+            subnet: (Ipv4Addr::new(10, 244, 1, 0), 24),
+            network: (Ipv4Addr::new(10, 244, 0, 0), 16),
+            pod_mtu: 1450,
+            vtep_mac: [2, 0x52, 0x53, 0, 0, 1],
+        }),
+        v6: Some(Local {
+            address: Ipv6Addr::from(0xfd00_0199 << 96 | 0x11),
+            subnet: (Ipv6Addr::from(0xfd10_0244_0001 << 80), 48),
+            network: (Ipv6Addr::from(0xfd10_0244 << 96), 32),
+            pod_mtu: 1430,
+            vtep_mac: [2, 0x52, 0x53, 0, 6, 1],
+        }),
         udp_port: 8472,
         vni: 1,
-        vtep_mac: [2, 0x52, 0x53, 0, 0, 1],
-        subnet: (Ipv4Addr::new(10, 244, 1, 0), 24),
-        pod_mtu: 1450,
-        underlay_ifindex: 2,
+        direct: true,
+        dscp: Dscp::Fixed(10),
         flow_seed: 7,
+        nics,
     }
 }
 
@@ -161,8 +192,17 @@ fn small_image() -> &'static [u64] {
 fn small_builder() -> ImageBuilder {
     let (peer, subnet) = (Ipv4Addr::new(10, 199, 0, 12), Ipv4Addr::new(10, 244, 2, 0));
     let mut builder = ImageBuilder::new(node());
-    builder.adjacency(Adjacency::vxlan4(&node(), [2; 6], [4; 6], peer, [6; 6]));
+    let ethernet = Ethernet {
+        source: [2; 6],
+        destination: [4; 6],
+        vlan: None,
+    };
+    let peer6 = Ipv6Addr::from(0xfd00_0199 << 96 | 0x12);
+    let first = builder.adjacency(Adjacency::vxlan4(&node(), ethernet, peer, [6; 6]));
+    let second = builder.adjacency(Adjacency::vxlan6(&node(), ethernet, peer6, [6; 6]));
+    builder.paths(&[(0, first), (1, second)]);
     builder.peer4(peer, subnet, 24);
+    builder.peer6(peer6, Ipv6Addr::from(0xfd10_0244_0002 << 80), 48);
     builder.peer4(peer, Ipv4Addr::new(10, 244, 3, 0), 25);
     builder.lease(LeaseRecord {
         name: LeaseRecord::pack_name("node-b"),
@@ -174,6 +214,8 @@ fn small_builder() -> ImageBuilder {
         next_hop_mac: [4; 6],
         resolved: true,
         local: false,
+        direct: false,
+        paths: 1,
     });
     builder
 }
@@ -185,8 +227,17 @@ fn large_image() -> &'static [u64] {
         let via = Route::Via(AdjacencyId(0));
         builder.route4(Ipv4Addr::new(10, 244, 2, 0), 24, via);
         builder.route4(Ipv4Addr::new(10, 244, 3, 0), 25, Route::Unresolved);
-        builder.route6(0xfd10_0244_0002 << 80, 52, via);
-        builder.route6(0xfd10_0244_0002_0001 << 64, 64, Route::Local);
+        builder.route6(
+            Ipv6Addr::from(0xfd10_0244_0002 << 80),
+            52,
+            Route::Via(AdjacencyId(1)),
+        );
+        builder.route4(Ipv4Addr::new(10, 244, 5, 0), 24, Route::Paths(PathsId(0)));
+        builder.route6(
+            Ipv6Addr::from(0xfd10_0244_0002_0001 << 64),
+            64,
+            Route::Local,
+        );
         builder.build().expect("a good image")
     })
 }

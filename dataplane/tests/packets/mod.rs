@@ -5,10 +5,15 @@
     reason = "each test binary uses a part of it"
 )]
 
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 
+use ripstop_dataplane::forward;
+use ripstop_dataplane::table::Table;
+use ripstop_dataplane::verdict::{DropReason, FromHost, HEADER_MAX};
 use ripstop_fib::sync::words;
-use ripstop_fib::{Adjacency, ImageBuilder, Node, Route, Word};
+use ripstop_fib::{
+    Adjacency, Backend, Dscp, Ethernet, ImageBuilder, Local, NICS, NicRecord, Node, Route, Word,
+};
 
 /// An inner IPv4 packet with a UDP-like transport header.
 #[derive(Debug, Clone)]
@@ -124,7 +129,7 @@ impl Default for Tunnel {
             flags: 0x0800_0000,
             vni: 1,
             reserved: 0,
-            inner_destination: local_node().vtep_mac,
+            inner_destination: vtep_mac(1),
             inner_source: [2, 0x52, 0x53, 0, 0, 2],
             inner_ether_type: 0x0800,
             inner: Inner::default(),
@@ -160,7 +165,7 @@ impl Tunnel {
         let checksum = checksum(&ip).wrapping_add(self.checksum_error);
         ip[10..12].copy_from_slice(&checksum.to_be_bytes());
 
-        let mut frame = vec![2, 0xee, 0, 0, 0, 1, 2, 0xee, 0, 0, 0, 2];
+        let mut frame = [nic_mac(1), nic_mac(2)].concat();
         frame.extend(self.ether_type.to_be_bytes());
         frame.extend(ip);
         frame.extend(40000u16.to_be_bytes());
@@ -190,23 +195,64 @@ pub(crate) fn checksum(bytes: &[u8]) -> u16 {
     !u16::try_from(sum).unwrap()
 }
 
-/// A node of the test cluster: node `n` has the address 10.199.0.(10+n), the lease 10.244.n.0/24.
+/// NIC of the test cluster's nodes, and its index.
+pub(crate) const NIC: u32 = 2;
+
+/// A node of the test cluster: node `n` has the addresses 10.199.0.(10+n) and fd00:199::1n, the leases 10.244.n.0/24
+/// and fd10:244:0:n::/64.
 pub(crate) fn node(number: u8) -> Node {
+    let mut nics = [NicRecord::default(); NICS];
+    nics[0].ifindex = NIC;
     Node {
-        local: Ipv4Addr::new(10, 199, 0, 10 + number),
+        backend: Backend::Vxlan,
+        v4: Some(Local {
+            address: Ipv4Addr::new(10, 199, 0, 10 + number),
+            subnet: (Ipv4Addr::new(10, 244, number, 0), 24),
+            network: (Ipv4Addr::new(10, 244, 0, 0), 16),
+            pod_mtu: 1450,
+            vtep_mac: [2, 0x52, 0x53, 0, 0, number],
+        }),
+        v6: Some(Local {
+            address: Ipv6Addr::new(0xfd00, 0x199, 0, 0, 0, 0, 0, 0x10 + u16::from(number)),
+            subnet: (
+                Ipv6Addr::new(0xfd10, 0x244, 0, number.into(), 0, 0, 0, 0),
+                64,
+            ),
+            network: (Ipv6Addr::new(0xfd10, 0x244, 0, 0, 0, 0, 0, 0), 48),
+            pod_mtu: 1430,
+            vtep_mac: [2, 0x52, 0x53, 0, 6, number],
+        }),
         udp_port: 8472,
         vni: 1,
-        vtep_mac: [2, 0x52, 0x53, 0, 0, number],
-        subnet: (Ipv4Addr::new(10, 244, number, 0), 24),
-        pod_mtu: 1450,
-        underlay_ifindex: 2,
+        direct: false,
+        dscp: Dscp::Fixed(0),
         flow_seed: 0x5eed,
+        nics,
     }
 }
 
 /// Node 1, which "we" are.
 pub(crate) fn local_node() -> Node {
     node(1)
+}
+
+/// MAC of node `n`'s NIC.
+pub(crate) fn nic_mac(number: u8) -> [u8; 6] {
+    [2, 0xee, 0, 0, 0, number]
+}
+
+/// MAC of the VTEP of an address family of node `n`.
+pub(crate) fn vtep_mac(number: u8) -> [u8; 6] {
+    node(number).v4.unwrap().vtep_mac
+}
+
+/// The Ethernet header from one node to another.
+pub(crate) fn ethernet(from: u8, to: u8, vlan: Option<u16>) -> Ethernet {
+    Ethernet {
+        source: nic_mac(from),
+        destination: nic_mac(to),
+        vlan,
+    }
 }
 
 /// Our table: peers 2 and 3 reachable, peer 4 not resolved.
@@ -219,27 +265,278 @@ pub(crate) fn peer_table_words() -> Vec<Word> {
     words(&image_of(2))
 }
 
-/// The image of a node of the cluster of four.
+/// The image of a node of the cluster of four, with VXLAN.
 pub(crate) fn image_of(own: u8) -> Vec<u64> {
-    let us = node(own);
+    image_with(own, |_| {}, None)
+}
+
+/// The same with another node configuration, and a VLAN tag on the underlay.
+pub(crate) fn image_with(own: u8, change: impl Fn(&mut Node), vlan: Option<u16>) -> Vec<u64> {
+    let mut us = node(own);
+    change(&mut us);
     let mut builder = ImageBuilder::new(us);
-    builder.route4(us.subnet.0, us.subnet.1, Route::Local);
-    for peer in (1..=4u8).filter(|peer| *peer != own) {
+    for peer in 1..=4u8 {
         let them = node(peer);
-        let route = if peer == 4 {
-            Route::Unresolved
-        } else {
-            let header = Adjacency::vxlan4(
-                &us,
-                [2, 0xee, 0, 0, 0, own],
-                [2, 0xee, 0, 0, 0, peer],
-                them.local,
-                them.vtep_mac,
-            );
-            Route::Via(builder.adjacency(header))
-        };
-        builder.route4(them.subnet.0, them.subnet.1, route);
-        builder.peer4(them.local, them.subnet.0, them.subnet.1);
+        let ethernet = ethernet(own, peer, vlan);
+        if let (Some(ours), Some(theirs)) = (us.v4, them.v4) {
+            let route = if peer == own {
+                Route::Local
+            } else if peer == 4 {
+                Route::Unresolved
+            } else {
+                let to = theirs.address;
+                Route::Via(builder.adjacency(match us.backend {
+                    Backend::Vxlan => Adjacency::vxlan4(&us, ethernet, to, theirs.vtep_mac),
+                    Backend::Ipip => Adjacency::ipip(&us, ethernet, to),
+                    Backend::Udp => Adjacency::udp(&us, ethernet, to),
+                    Backend::HostGw | Backend::Alloc => Adjacency::direct4(ethernet),
+                }))
+            };
+            builder.route4(theirs.subnet.0, theirs.subnet.1, route);
+            if peer != own && ours.address != theirs.address {
+                builder.peer4(theirs.address, theirs.subnet.0, theirs.subnet.1);
+            }
+        }
+        let ipv6 = !matches!(us.backend, Backend::Ipip | Backend::Udp);
+        if let (true, Some(_), Some(theirs)) = (ipv6, us.v6, them.v6) {
+            let route = if peer == own {
+                Route::Local
+            } else if peer == 4 {
+                Route::Unresolved
+            } else {
+                Route::Via(builder.adjacency(match us.backend {
+                    Backend::Vxlan => {
+                        Adjacency::vxlan6(&us, ethernet, theirs.address, theirs.vtep_mac)
+                    }
+                    Backend::HostGw | Backend::Alloc | Backend::Ipip | Backend::Udp => {
+                        Adjacency::direct6(ethernet)
+                    }
+                }))
+            };
+            builder.route6(theirs.subnet.0, theirs.subnet.1, route);
+            if peer != own {
+                builder.peer6(theirs.address, theirs.subnet.0, theirs.subnet.1);
+            }
+        }
     }
     builder.build().unwrap()
+}
+
+/// The frame that a packet from the host becomes.
+pub(crate) fn sent(packet: &[u8], table: &Table<'_>) -> Result<Vec<u8>, DropReason> {
+    let mut front = [0xa5; HEADER_MAX];
+    match forward::from_host(packet, &mut front, table, 77) {
+        FromHost::Send { push } => Ok([&front[HEADER_MAX - push..], packet].concat()),
+        FromHost::Drop(reason) => Err(reason),
+    }
+}
+
+/// An inner IPv6 packet; UDP with a right checksum unless told otherwise.
+#[derive(Debug, Clone)]
+pub(crate) struct Inner6 {
+    pub(crate) source: Ipv6Addr,
+    pub(crate) destination: Ipv6Addr,
+    pub(crate) class: u8,
+    pub(crate) flow_label: u32,
+    /// Extension headers, and what the IPv6 header says comes first.
+    pub(crate) extensions: (u8, Vec<u8>),
+    pub(crate) protocol: u8,
+    pub(crate) ports: (u16, u16),
+    /// Bytes behind the 8 bytes of the transport header.
+    pub(crate) payload: usize,
+    /// Added to the transport checksum; `None` leaves the checksum zero.
+    pub(crate) checksum_error: Option<u16>,
+    pub(crate) payload_len_error: i16,
+}
+
+impl Default for Inner6 {
+    fn default() -> Self {
+        Self {
+            source: Ipv6Addr::new(0xfd10, 0x244, 0, 2, 0, 0, 0, 7),
+            destination: Ipv6Addr::new(0xfd10, 0x244, 0, 1, 0, 0, 0, 5),
+            class: 0,
+            flow_label: 0x1234,
+            extensions: (17, Vec::new()),
+            protocol: 17,
+            ports: (1234, 80),
+            payload: 36,
+            checksum_error: Some(0),
+            payload_len_error: 0,
+        }
+    }
+}
+
+impl Inner6 {
+    /// The packet's bytes.
+    pub(crate) fn packet(&self) -> Vec<u8> {
+        let mut transport = self.ports.0.to_be_bytes().to_vec();
+        transport.extend(self.ports.1.to_be_bytes());
+        transport.extend(u16::try_from(8 + self.payload).unwrap().to_be_bytes());
+        transport.extend([0, 0]);
+        transport.extend((0..self.payload).map(|at| u8::try_from(at % 251).unwrap()));
+        if let Some(error) = self.checksum_error {
+            let sum = checksum6(self.source, self.destination, self.protocol, &transport);
+            transport[6..8].copy_from_slice(&sum.wrapping_add(error).to_be_bytes());
+        }
+        let (first, extensions) = &self.extensions;
+        let len = u16::try_from(extensions.len() + transport.len()).unwrap();
+        let mut packet = ip6(
+            self.source,
+            self.destination,
+            self.class,
+            self.flow_label,
+            *first,
+            len.wrapping_add_signed(self.payload_len_error),
+            63,
+        );
+        packet.extend(extensions);
+        packet.extend(transport);
+        packet
+    }
+}
+
+/// The UDP or TCP checksum over IPv6, computed from all bytes (RFC 8200 section 8.1).
+pub(crate) fn checksum6(
+    source: Ipv6Addr,
+    destination: Ipv6Addr,
+    protocol: u8,
+    segment: &[u8],
+) -> u16 {
+    let mut bytes = [source.octets(), destination.octets()].concat();
+    bytes.extend(u32::try_from(segment.len()).unwrap().to_be_bytes());
+    bytes.extend([0, 0, 0, protocol]);
+    bytes.extend(segment);
+    match checksum(&bytes) {
+        0 => 0xffff,
+        sum => sum,
+    }
+}
+
+fn ip6(
+    source: Ipv6Addr,
+    destination: Ipv6Addr,
+    class: u8,
+    flow_label: u32,
+    next: u8,
+    len: u16,
+    hop_limit: u8,
+) -> Vec<u8> {
+    let first = 6 << 28 | u32::from(class) << 20 | flow_label;
+    let mut ip = first.to_be_bytes().to_vec();
+    ip.extend(len.to_be_bytes());
+    ip.extend([next, hop_limit]);
+    ip.extend(source.octets());
+    ip.extend(destination.octets());
+    ip
+}
+
+/// A packet as another node sends it to node 1, for every backend: built plainly, without the code under test.
+#[derive(Debug, Clone)]
+pub(crate) struct Outer {
+    pub(crate) backend: Backend,
+    pub(crate) vlan: Option<u16>,
+    pub(crate) source4: Ipv4Addr,
+    pub(crate) source6: Ipv6Addr,
+    pub(crate) tos: u8,
+    /// Added to the outer UDP checksum over IPv6; `None` leaves it zero.
+    pub(crate) udp_checksum_error: Option<u16>,
+    /// Bytes behind the inner packet.
+    pub(crate) padding: usize,
+}
+
+impl Outer {
+    /// From node 2.
+    pub(crate) fn new(backend: Backend) -> Self {
+        let them = node(2);
+        Self {
+            backend,
+            vlan: None,
+            source4: them.v4.unwrap().address,
+            source6: them.v6.unwrap().address,
+            tos: 0,
+            udp_checksum_error: Some(0),
+            padding: 0,
+        }
+    }
+
+    /// Length of the outer headers of a packet of this family.
+    pub(crate) fn len(&self, version: u8) -> usize {
+        let tunnel = match (self.backend, version) {
+            (Backend::Vxlan, 4) => 20 + 8 + 8 + 14,
+            (Backend::Vxlan, _) => 40 + 8 + 8 + 14,
+            (Backend::Ipip, _) => 20,
+            (Backend::Udp, _) => 20 + 8,
+            (Backend::HostGw | Backend::Alloc, _) => 0,
+        };
+        14 + self.vlan.map_or(0, |_| 4) + tunnel
+    }
+
+    /// The frame around an inner packet.
+    pub(crate) fn frame(&self, inner: &[u8]) -> Vec<u8> {
+        let us = local_node();
+        let version = inner[0] >> 4;
+        let ether_type = if version == 6 { 0x86dd_u16 } else { 0x0800 };
+        let mut inner = inner.to_vec();
+        inner.resize(inner.len() + self.padding, 0);
+        let payload = match self.backend {
+            Backend::Vxlan => {
+                let macs = |node: Node| {
+                    if version == 6 {
+                        node.v6.unwrap().vtep_mac
+                    } else {
+                        node.v4.unwrap().vtep_mac
+                    }
+                };
+                let mut vxlan = vec![8, 0, 0, 0, 0, 0, 1, 0];
+                vxlan.extend(macs(us));
+                vxlan.extend(macs(node(2)));
+                vxlan.extend(ether_type.to_be_bytes());
+                vxlan.extend(&inner);
+                self.udp(version, 40_000, &vxlan)
+            }
+            Backend::Udp => self.udp(4, us.udp_port, &inner),
+            Backend::Ipip | Backend::HostGw | Backend::Alloc => inner,
+        };
+        let mut frame = [nic_mac(1), nic_mac(2)].concat();
+        if let Some(vlan) = self.vlan {
+            frame.extend([0x81, 0x00]);
+            frame.extend(vlan.to_be_bytes());
+        }
+        frame.extend(ether_type.to_be_bytes());
+        let len = u16::try_from(payload.len()).unwrap();
+        match (self.backend, version) {
+            (Backend::HostGw | Backend::Alloc, _) => {}
+            (Backend::Vxlan, 6) => {
+                let to = us.v6.unwrap().address;
+                frame.extend(ip6(self.source6, to, self.tos, 0, 17, len, 64));
+            }
+            (backend, _) => {
+                let protocol = if backend == Backend::Ipip { 4 } else { 17 };
+                let mut ip = vec![0x45, self.tos];
+                ip.extend((len + 20).to_be_bytes());
+                ip.extend([0x43, 0x21, 0, 0, 64, protocol, 0, 0]);
+                ip.extend(self.source4.octets());
+                ip.extend(us.v4.unwrap().address.octets());
+                let checksum = checksum(&ip);
+                ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+                frame.extend(ip);
+            }
+        }
+        frame.extend(payload);
+        frame
+    }
+
+    fn udp(&self, version: u8, source_port: u16, payload: &[u8]) -> Vec<u8> {
+        let us = local_node();
+        let mut udp = source_port.to_be_bytes().to_vec();
+        udp.extend(us.udp_port.to_be_bytes());
+        udp.extend(u16::try_from(8 + payload.len()).unwrap().to_be_bytes());
+        udp.extend([0, 0]);
+        udp.extend(payload);
+        if let (6, Some(error)) = (version, self.udp_checksum_error) {
+            let sum = checksum6(self.source6, us.v6.unwrap().address, 17, &udp);
+            udp[6..8].copy_from_slice(&sum.wrapping_add(error).to_be_bytes());
+        }
+        udp
+    }
 }

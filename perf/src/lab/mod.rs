@@ -17,11 +17,13 @@
 //! it by name and takes it down.
 
 mod node;
+mod plan;
 mod process;
 mod ripstop;
 mod setup;
+mod userland;
 
-use core::net::Ipv4Addr;
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
 use std::env;
@@ -37,12 +39,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use node::{Lease, Leases, Node, NodeKind, Pod};
+pub use plan::{Backend, Families};
 pub use ripstop::{DETOUR_TABLE, Workers};
 
-use crate::address;
+use plan::Plan;
+
+use crate::address::{self, Family};
 use crate::counters::{KernelCounters, LinkCounters};
 use crate::frame::{Ethernet, Inner, Ipv4, Udp, Vxlan, VxlanFrame};
 use crate::netns::{self, Netns};
+use crate::stack::{Frame, Header, Ipv6};
 use crate::sys;
 
 /// Where the descriptions of labs are.
@@ -55,6 +61,17 @@ pub trait Host: Sync {
 
     /// The address under which the others know it.
     fn address(&self) -> Ipv4Addr;
+
+    /// The same for IPv6.
+    fn address6(&self) -> Ipv6Addr;
+
+    /// The address of a family.
+    fn address_of(&self, family: Family) -> IpAddr {
+        match family {
+            Family::Ipv4 => self.address().into(),
+            Family::Ipv6 => self.address6().into(),
+        }
+    }
 
     /// The short name, such as `n1` or `n1p0`.
     fn name(&self) -> &str;
@@ -105,7 +122,22 @@ impl Fabric {
     /// what XDP takes away before the node's own packet sockets could see it.
     #[must_use]
     pub fn port(node: u8) -> String {
-        format!("n{node}")
+        Self::uplink_port(node, 0)
+    }
+
+    /// The same for one of a node's uplinks, which count from 0.
+    #[must_use]
+    pub fn uplink_port(node: u8, uplink: u8) -> String {
+        match uplink {
+            0 => format!("n{node}"),
+            _ => format!("n{node}u{uplink}"),
+        }
+    }
+
+    /// The bridge of a segment, which is also its router's interface.
+    #[must_use]
+    pub fn bridge(segment: u8) -> String {
+        format!("br{segment}")
     }
 }
 
@@ -116,6 +148,10 @@ impl Host for Fabric {
 
     fn address(&self) -> Ipv4Addr {
         address::FABRIC
+    }
+
+    fn address6(&self) -> Ipv6Addr {
+        address::FABRIC6
     }
 
     fn name(&self) -> &'static str {
@@ -138,6 +174,10 @@ impl Host for Attacker {
         address::ATTACKER
     }
 
+    fn address6(&self) -> Ipv6Addr {
+        address::ATTACKER6
+    }
+
     fn name(&self) -> &'static str {
         "attacker"
     }
@@ -149,7 +189,7 @@ struct Description {
     name: String,
     owner: Option<process::Identity>,
     dir: PathBuf,
-    mtu: u16,
+    plan: Plan,
     queues: u16,
     nodes: Vec<NodeKind>,
     pods: u8,
@@ -199,7 +239,7 @@ pub struct LabBuilder {
     name: Option<String>,
     nodes: Vec<NodeKind>,
     pods: u8,
-    mtu: u16,
+    plan: Plan,
     queues: u16,
     dataplane: Value,
 }
@@ -211,7 +251,7 @@ impl LabBuilder {
         self
     }
 
-    /// Adds nodes that speak VXLAN with the Linux kernel alone.
+    /// Adds nodes without Ripstop: the Linux kernel alone, programmed as flannel leaves it.
     pub fn linux(mut self, count: u8) -> Self {
         self.nodes.extend((0..count).map(|_| NodeKind::PlainLinux));
         self
@@ -223,9 +263,47 @@ impl LabBuilder {
         self
     }
 
-    /// MTU of the underlay; pods have [`address::VXLAN_OVERHEAD`] less. 1500 unless said otherwise.
+    /// MTU of the underlay; pods have the tunnel's overhead less. 1500 unless said otherwise.
     pub fn mtu(mut self, mtu: u16) -> Self {
-        self.mtu = mtu;
+        self.plan.mtu = mtu;
+        self
+    }
+
+    /// flannel's backend; VXLAN unless said otherwise.
+    pub fn backend(mut self, backend: Backend) -> Self {
+        self.plan.backend = backend;
+        self
+    }
+
+    /// Sends packets to peers of the same segment without a tunnel.
+    pub fn direct_routing(mut self) -> Self {
+        self.plan.direct = true;
+        self
+    }
+
+    /// The address families; IPv4 alone unless said otherwise.
+    pub fn families(mut self, families: Families) -> Self {
+        self.plan.families = families;
+        self
+    }
+
+    /// The segment of each node, in order, at most 99; all are on segment 0 unless said otherwise.
+    /// The fabric routes between them.
+    pub fn segments(mut self, segments: &[u8]) -> Self {
+        self.plan.segments = segments.to_vec();
+        self
+    }
+
+    /// So many routers on each segment, 1 or 2, and the nodes' default route goes over all of them.
+    pub fn routers(mut self, count: u8) -> Self {
+        self.plan.routers = count;
+        self
+    }
+
+    /// So many uplinks of each node, 1 or 2, each on a segment of its own, and the nodes' default
+    /// route goes over all of them.
+    pub fn uplinks(mut self, count: u8) -> Self {
+        self.plan.uplinks = count;
         self
     }
 
@@ -270,9 +348,27 @@ impl LabBuilder {
         );
         ensure!((1..=64).contains(&self.queues), "1 to 64 queues");
         ensure!(
-            self.mtu >= 576 + address::VXLAN_OVERHEAD,
+            self.plan.mtu >= 576 + address::VXLAN_OVERHEAD,
             "MTU {} is too small for a pod network",
-            self.mtu
+            self.plan.mtu
+        );
+        ensure!(
+            self.plan.families().next().is_some(),
+            "flannel has no {} without IPv4",
+            self.plan.backend.name()
+        );
+        let ways = [self.plan.routers, self.plan.uplinks];
+        ensure!(
+            ways.iter().all(|count| (1..=2).contains(count)),
+            "1 or 2 routers and uplinks"
+        );
+        ensure!(
+            self.plan
+                .segments
+                .iter()
+                .all(|segment| *segment < address::SECOND_UPLINK),
+            "segments from 0 to {}",
+            address::SECOND_UPLINK - 1
         );
         sweep();
         let description = self.claim_name()?;
@@ -302,7 +398,7 @@ impl LabBuilder {
             name: String::new(),
             owner: Some(process::Identity::of_this_process()?),
             dir: PathBuf::new(),
-            mtu: self.mtu,
+            plan: self.plan.clone(),
             queues: self.queues,
             nodes: self.nodes.clone(),
             pods: self.pods,
@@ -391,7 +487,7 @@ impl Lab {
             name: None,
             nodes: Vec::new(),
             pods: 1,
-            mtu: 1500,
+            plan: Plan::flat(),
             queues: 1,
             dataplane: Value::Object(serde_json::Map::new()),
         }
@@ -439,8 +535,14 @@ impl Lab {
     /// Leaves the lab up, processes and all, when this value is dropped and when this process ends.
     ///
     /// # Errors
-    /// The lab's description cannot be written; the lab still belongs to this process then.
+    /// The lab's description cannot be written, or a node's tunnel is a thread of this process; the
+    /// lab still belongs to this process then.
     pub fn persist(mut self) -> Result<()> {
+        ensure!(
+            !self.nodes.iter().any(Node::has_userland_tunnel),
+            "a plain node's {} tunnel is made in userland, by this process",
+            self.description.plan.backend.name()
+        );
         self.description.owner = None;
         self.description.replace()?;
         self.keep = true;
@@ -469,6 +571,7 @@ impl Lab {
                     *kind,
                     netns,
                     &description.dir,
+                    &description.plan,
                     description.queues,
                     pods.collect(),
                 )
@@ -502,13 +605,41 @@ impl Lab {
     /// MTU of the underlay.
     #[must_use]
     pub fn mtu(&self) -> u16 {
-        self.description.mtu
+        self.plan().mtu
     }
 
-    /// MTU of the pods.
+    /// MTU of the pods' interfaces: what fits the tunnels of all their families.
     #[must_use]
     pub fn pod_mtu(&self) -> u16 {
-        self.description.mtu - address::VXLAN_OVERHEAD
+        self.plan().interface_mtu()
+    }
+
+    /// The longest packet that a pod of this family can send to another node.
+    #[must_use]
+    pub fn pod_mtu_of(&self, family: Family) -> u16 {
+        self.plan().pod_mtu(family)
+    }
+
+    /// flannel's backend.
+    #[must_use]
+    pub fn backend(&self) -> Backend {
+        self.plan().backend
+    }
+
+    /// The families of the pods.
+    #[must_use]
+    pub fn families(&self) -> Vec<Family> {
+        self.plan().families().collect()
+    }
+
+    /// Whether packets between two nodes go without a tunnel.
+    #[must_use]
+    pub fn is_direct(&self, one: u8, other: u8) -> bool {
+        self.plan().is_direct(one, other)
+    }
+
+    fn plan(&self) -> &Plan {
+        &self.description.plan
     }
 
     /// The underlay switch.
@@ -600,11 +731,7 @@ impl Lab {
     #[must_use]
     pub fn leases(&self) -> Leases {
         Leases {
-            leases: self
-                .nodes
-                .iter()
-                .map(|node| Lease::of_node(node.index()))
-                .collect(),
+            leases: self.nodes.iter().map(Node::lease).collect(),
         }
     }
 
@@ -638,6 +765,78 @@ impl Lab {
         }
     }
 
+    /// A UDP packet between the first pods of two nodes as their nodes route it: one hop counted down.
+    #[must_use]
+    pub fn pod_packet(&self, from: u8, to: u8, family: Family) -> Frame {
+        let ip = match family {
+            Family::Ipv4 => Header::Ipv4(Ipv4 {
+                ttl: 63,
+                ..Ipv4::udp(address::pod(from, 0), address::pod(to, 0))
+            }),
+            Family::Ipv6 => Header::Ipv6(Ipv6 {
+                hop_limit: 63,
+                ..Ipv6::udp(address::pod6(from, 0), address::pod6(to, 0))
+            }),
+        };
+        Frame {
+            headers: vec![ip, Header::Udp(Udp::ports(4000, 4001))],
+            payload: b"ripstop".to_vec(),
+            truncate_to: None,
+        }
+    }
+
+    /// The same as node `from` would send it to node `to` without a tunnel.
+    #[must_use]
+    pub fn direct_frame(&self, from: u8, to: u8, family: Family) -> Frame {
+        let mut frame = self.pod_packet(from, to, family);
+        let (source, destination) = (address::underlay_mac(from), address::underlay_mac(to));
+        let ethernet = Ethernet::ip(family, source, destination);
+        frame.headers.insert(0, Header::Ethernet(ethernet));
+        frame
+    }
+
+    /// The same through the backend's tunnel, if it has one; correct in every field.
+    #[must_use]
+    pub fn backend_frame(&self, from: u8, to: u8, family: Family) -> Frame {
+        let mut frame = self.direct_frame(from, to, family);
+        let ip = match family {
+            Family::Ipv4 => Header::Ipv4(Ipv4::udp(
+                self.node(from).address(),
+                self.node(to).address(),
+            )),
+            Family::Ipv6 => Header::Ipv6(Ipv6::udp(
+                self.node(from).address6(),
+                self.node(to).address6(),
+            )),
+        };
+        let tunnel = match self.backend() {
+            Backend::Vxlan => {
+                let vtep = |node| match family {
+                    Family::Ipv4 => address::vtep_mac(node),
+                    Family::Ipv6 => address::vtep_mac6(node),
+                };
+                vec![
+                    ip,
+                    Header::Udp(Udp::ports(49_152, address::VXLAN_PORT)),
+                    Header::Vxlan(Vxlan::vni(address::VNI)),
+                    Header::Ethernet(Ethernet::ip(family, vtep(from), vtep(to))),
+                ]
+            }
+            Backend::Ipip => vec![Header::Ipv4(Ipv4 {
+                protocol: 4,
+                ttl: 63,
+                ..Ipv4::udp(self.node(from).address(), self.node(to).address())
+            })],
+            Backend::Udp => vec![
+                ip,
+                Header::Udp(Udp::ports(address::UDP_PORT, address::UDP_PORT)),
+            ],
+            Backend::HostGw => Vec::new(),
+        };
+        frame.headers.splice(1..1, tunnel);
+        frame
+    }
+
     /// The topology as text, with every address.
     #[must_use]
     pub fn picture(&self) -> String {
@@ -666,30 +865,40 @@ impl Lab {
                 ("├─", "│  ")
             };
             let index = node.index();
-            let (ip, mac) = (address::underlay(index), address::underlay_mac(index));
+            let plan = self.plan();
+            let both = |ip: Ipv4Addr, ip6: Ipv6Addr| -> String {
+                let of = plan.families().map(|family| match family {
+                    Family::Ipv4 => ip.to_string(),
+                    Family::Ipv6 => ip6.to_string(),
+                });
+                of.collect::<Vec<_>>().join(" ")
+            };
+            let mac = address::underlay_mac(index);
             line(format!(
-                "{branch} {}  {}  eth0 {ip} {mac}",
+                "{branch} {}  {}  eth0 {} {mac}",
                 node.name(),
-                node.kind().explain()
+                node.kind().explain(),
+                both(node.address(), node.address6()),
             ));
             line(format!(
-                "{trunk}     VTEP {}  lease {}",
+                "{trunk}     {}  VTEP {}  lease {}",
+                plan.backend.name(),
                 address::vtep_mac(index),
-                address::subnet_prefix(index)
+                both(address::subnet(index), address::subnet6(index)),
             ));
             if node.kind() == NodeKind::Ripstop {
                 line(format!("{trunk}     {}", node.process_summary()));
             }
             line(format!(
-                "{trunk}     cni0 {}/24, MTU {}",
-                address::gateway(index),
+                "{trunk}     cni0 {}, MTU {}",
+                both(address::gateway(index), address::gateway6(index)),
                 self.pod_mtu()
             ));
             for pod in node.pods() {
                 line(format!(
                     "{trunk}     └─ {}  eth0 {} {}",
                     pod.name(),
-                    pod.address(),
+                    both(pod.address(), pod.address6()),
                     pod.mac()
                 ));
             }
@@ -715,6 +924,7 @@ impl Lab {
         for node in &self.nodes {
             node.kill_dataplane();
             node.kill_controlplane();
+            node.stop_userland_tunnel();
         }
         let hosts = self.hosts();
         let namespaces: Vec<&Netns> = hosts.iter().map(|host| host.netns()).collect();

@@ -1,6 +1,6 @@
 //! Nodes and pods: who they are, the files Ripstop finds on a node, and its processes there.
 
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,8 +12,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Host;
+use super::plan::{Backend, Plan};
 use super::process::Process;
-use crate::address::{self, Mac};
+use super::userland::UserlandTunnel;
+use crate::address::{self, Family, Mac};
 use crate::netns::Netns;
 
 const DATAPLANE: &str = "ripstop-dataplane";
@@ -33,37 +35,66 @@ impl NodeKind {
     pub(super) fn explain(self) -> &'static str {
         match self {
             Self::Ripstop => "Ripstop",
-            Self::PlainLinux => "plain Linux VXLAN",
+            Self::PlainLinux => "plain Linux",
         }
     }
 }
 
-/// One node's entry in the lease file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// One node's entry in the lease file. Of each family it has everything or nothing; the MAC addresses
+/// are VXLAN's alone.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "camelCase")]
 pub struct Lease {
     /// Name of the node.
     pub node: String,
     /// Where tunnel packets for it go.
-    #[serde(rename = "publicIP")]
-    pub public_ip: Ipv4Addr,
+    #[serde(rename = "publicIP", skip_serializing_if = "Option::is_none")]
+    pub public_ip: Option<Ipv4Addr>,
     /// The pods it has, in prefix notation.
-    pub subnet: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subnet: Option<String>,
     /// MAC address of its tunnel end point.
-    #[serde(rename = "vtepMAC")]
-    pub vtep_mac: String,
+    #[serde(rename = "vtepMAC", skip_serializing_if = "Option::is_none")]
+    pub vtep_mac: Option<String>,
+    /// The same for IPv6.
+    #[serde(rename = "publicIPv6", skip_serializing_if = "Option::is_none")]
+    pub public_ipv6: Option<Ipv6Addr>,
+    /// The same for IPv6.
+    #[serde(rename = "ipv6Subnet", skip_serializing_if = "Option::is_none")]
+    pub ipv6_subnet: Option<String>,
+    /// The same for IPv6.
+    #[serde(rename = "vtepMACv6", skip_serializing_if = "Option::is_none")]
+    pub vtep_mac_v6: Option<String>,
 }
 
 impl Lease {
-    /// The lease of a node of the lab; also of one that the lab does not have.
+    /// The lease of a node of a flat VXLAN lab over IPv4; also of one that the lab does not have.
     #[must_use]
     pub fn of_node(index: u8) -> Self {
-        Self {
+        Self::of_plan(&Plan::flat(), index)
+    }
+
+    pub(super) fn of_plan(plan: &Plan, index: u8) -> Self {
+        let mut lease = Self {
             node: Node::name_of(index),
-            public_ip: address::underlay(index),
-            subnet: address::subnet_prefix(index),
-            vtep_mac: address::vtep_mac(index).to_string(),
+            ..Self::default()
+        };
+        let vxlan = plan.backend == Backend::Vxlan;
+        for family in plan.families() {
+            match family {
+                Family::Ipv4 => {
+                    lease.public_ip = Some(address::underlay_in(plan.segment(index), index));
+                    lease.subnet = Some(address::subnet_prefix(index));
+                    lease.vtep_mac = vxlan.then(|| address::vtep_mac(index).to_string());
+                }
+                Family::Ipv6 => {
+                    lease.public_ipv6 = Some(address::underlay6_in(plan.segment(index), index));
+                    lease.ipv6_subnet = Some(address::subnet6_prefix(index));
+                    lease.vtep_mac_v6 = vxlan.then(|| address::vtep_mac6(index).to_string());
+                }
+            }
         }
+        lease
     }
 }
 
@@ -142,6 +173,10 @@ impl Host for Pod {
         address::pod(self.node, self.index)
     }
 
+    fn address6(&self) -> Ipv6Addr {
+        address::pod6(self.node, self.index)
+    }
+
     fn name(&self) -> &str {
         &self.name
     }
@@ -156,9 +191,11 @@ pub struct Node {
     netns: Netns,
     pods: Vec<Pod>,
     lab_dir: PathBuf,
+    plan: Plan,
     queues: u16,
     dataplane: Mutex<Option<Process>>,
     controlplane: Mutex<Option<Process>>,
+    userland: Mutex<Option<UserlandTunnel>>,
 }
 
 impl Node {
@@ -167,6 +204,7 @@ impl Node {
         kind: NodeKind,
         netns: Netns,
         lab_dir: &Path,
+        plan: &Plan,
         queues: u16,
         pods: Vec<Pod>,
     ) -> Self {
@@ -177,9 +215,11 @@ impl Node {
             netns,
             pods,
             lab_dir: lab_dir.to_owned(),
+            plan: plan.clone(),
             queues,
             dataplane: Mutex::new(None),
             controlplane: Mutex::new(None),
+            userland: Mutex::new(None),
         }
     }
 
@@ -191,6 +231,48 @@ impl Node {
     #[must_use]
     pub fn index(&self) -> u8 {
         self.index
+    }
+
+    /// The segment of its first uplink.
+    #[must_use]
+    pub fn segment(&self) -> u8 {
+        self.plan.segment(self.index)
+    }
+
+    /// Segment and MAC address of one of its uplinks, which count from 0.
+    #[must_use]
+    pub fn uplink(&self, number: u8) -> (u8, Mac) {
+        match number {
+            0 => (self.segment(), address::underlay_mac(self.index)),
+            _ => (
+                address::SECOND_UPLINK + self.segment(),
+                address::second_uplink_mac(self.index),
+            ),
+        }
+    }
+
+    pub(super) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Its entry in the lease file.
+    #[must_use]
+    pub fn lease(&self) -> Lease {
+        Lease::of_plan(&self.plan, self.index)
+    }
+
+    /// Whether its tunnel is made by a thread of the lab, because its kernel has no such device.
+    #[must_use]
+    pub fn has_userland_tunnel(&self) -> bool {
+        locked(&self.userland).is_some()
+    }
+
+    pub(super) fn keep_userland_tunnel(&self, tunnel: UserlandTunnel) {
+        *locked(&self.userland) = Some(tunnel);
+    }
+
+    pub(super) fn stop_userland_tunnel(&self) {
+        *locked(&self.userland) = None;
     }
 
     /// What moves its pod traffic.
@@ -253,10 +335,14 @@ impl Node {
         replace_file(&self.net_conf_file(), &format!("{net_conf:#}"))
     }
 
-    /// The configuration file of one queue.
+    /// The configuration file of one queue of its first uplink.
     #[must_use]
     pub fn queue_config_file(&self, queue: u16) -> PathBuf {
-        self.config_dir().join(format!("eth0-q{queue}.json"))
+        self.nic_config_file("eth0", queue)
+    }
+
+    fn nic_config_file(&self, nic: &str, queue: u16) -> PathBuf {
+        self.config_dir().join(format!("{nic}-q{queue}.json"))
     }
 
     /// Replaces the configuration file of one queue at once.
@@ -297,24 +383,24 @@ impl Node {
         for dir in [self.run_dir(), self.config_dir()] {
             fs::create_dir_all(&dir).with_context(|| format!("{}", dir.display()))?;
         }
-        self.write_net_conf(&serde_json::json!({
-            "Network": address::POD_NETWORK,
-            "Backend": { "Type": "vxlan" },
-        }))?;
+        self.write_net_conf(&self.plan.net_conf())?;
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         // All nodes of a lab share the machine's CPUs: neighbours take different ones.
-        for queue in 0..self.queues {
-            let mut config = serde_json::json!({
-                "nic": "eth0",
-                "queue": queue,
-                "cpu": (usize::from(self.index) + usize::from(queue)) % cpus,
-                "mode": "auto",
-                "polling": "adaptive",
-            });
-            if let (Some(config), Some(keys)) = (config.as_object_mut(), dataplane.as_object()) {
-                config.extend(keys.clone());
+        for (uplink, nic) in self.plan.nics().iter().enumerate() {
+            for queue in 0..self.queues {
+                let mut config = serde_json::json!({
+                    "nic": nic,
+                    "queue": queue,
+                    "cpu": (usize::from(self.index) + uplink + usize::from(queue)) % cpus,
+                    "mode": "auto",
+                    "polling": "adaptive",
+                });
+                if let (Some(config), Some(keys)) = (config.as_object_mut(), dataplane.as_object())
+                {
+                    config.extend(keys.clone());
+                }
+                replace_file(&self.nic_config_file(nic, queue), &format!("{config:#}"))?;
             }
-            self.write_queue_config(queue, &config)?;
         }
         Ok(())
     }
@@ -540,11 +626,15 @@ impl Node {
 
     pub(super) fn dump(&self) -> String {
         let mut text = String::new();
-        let commands: [&[&str]; 8] = [
+        let commands: [&[&str]; 10] = [
             &["ip", "-br", "addr"],
             &["ip", "-d", "-s", "link"],
             &["ip", "rule"],
+            &["ip", "-6", "rule"],
             &["ip", "route", "show", "table", "all", "type", "unicast"],
+            &[
+                "ip", "-6", "route", "show", "table", "all", "type", "unicast",
+            ],
             &["ip", "neigh"],
             &["bridge", "fdb"],
             &["nft", "list", "ruleset"],
@@ -584,7 +674,11 @@ impl Host for Node {
     }
 
     fn address(&self) -> Ipv4Addr {
-        address::underlay(self.index)
+        address::underlay_in(self.segment(), self.index)
+    }
+
+    fn address6(&self) -> Ipv6Addr {
+        address::underlay6_in(self.segment(), self.index)
     }
 
     fn name(&self) -> &str {
@@ -592,8 +686,8 @@ impl Host for Node {
     }
 }
 
-fn locked(slot: &Mutex<Option<Process>>) -> MutexGuard<'_, Option<Process>> {
-    // An Option<Process> is whole at every moment, also when a holder of the lock has panicked.
+fn locked<T>(slot: &Mutex<Option<T>>) -> MutexGuard<'_, Option<T>> {
+    // What is in here is replaced in one go, so it is whole at every moment, also when a holder of the lock has panicked.
     slot.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

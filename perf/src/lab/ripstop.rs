@@ -13,6 +13,7 @@ use ripstop_fib::{DropReason, Region};
 use serde_json::Value;
 
 use super::{Host, Lab, Node, NodeKind, wait_until};
+use crate::address::Family;
 use crate::counters::LinkCounters;
 
 /// Number of the routing table that leads to the workers, as text for `ip`.
@@ -131,9 +132,9 @@ impl Lab {
             node.start_dataplane()?;
             node.start_controlplane()?;
         }
-        let peers = self.nodes().len() - 1;
+        let subnets = (self.nodes().len() - 1) * self.families().len();
         self.ripstop_nodes()
-            .try_for_each(|node| node.wait_for_detour(peers))
+            .try_for_each(|node| node.wait_for_detour(subnets))
     }
 }
 
@@ -169,16 +170,26 @@ impl Node {
         Ok(ImageRef(current).generation())
     }
 
-    /// The subnets that its kernel sends to the workers: none without the rule that leads there.
+    /// The subnets of all families that its kernel sends to the workers: none of a family without the
+    /// rule that leads there.
     ///
     /// # Errors
     /// The kernel cannot be asked.
     pub fn detour(&self) -> Result<Vec<String>> {
-        if !self.has_detour_rule()? {
+        let mut subnets = Vec::new();
+        for family in self.plan().families() {
+            subnets.extend(self.detour_of(family)?);
+        }
+        Ok(subnets)
+    }
+
+    fn detour_of(&self, family: Family) -> Result<Vec<String>> {
+        if !self.has_rule(family)? {
             return Ok(Vec::new());
         }
         // A table that has never had a route is an error to `ip`.
-        let output = self.exec(&["ip", "-j", "route", "show", "table", DETOUR_TABLE])?;
+        let show = ["-j", "route", "show", "table", DETOUR_TABLE];
+        let output = self.exec(&[&["ip", option(family)], show.as_slice()].concat())?;
         let routes: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         let routes = routes.as_array().into_iter().flatten();
         let through_door = routes.filter(|route| route["dev"] == "rip0");
@@ -187,13 +198,22 @@ impl Node {
             .collect())
     }
 
-    /// Whether its kernel has the rule that leads to the workers' routes.
+    /// Whether its kernel has a rule that leads to the workers' routes.
     ///
     /// # Errors
     /// The kernel cannot be asked.
     pub fn has_detour_rule(&self) -> Result<bool> {
-        let rules: Value = serde_json::from_str(&self.output(&["ip", "-j", "rule"])?)
-            .context("output of ip -j rule")?;
+        for family in self.plan().families() {
+            if self.has_rule(family)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn has_rule(&self, family: Family) -> Result<bool> {
+        let rules = self.output(&["ip", option(family), "-j", "rule"])?;
+        let rules: Value = serde_json::from_str(&rules).context("output of ip -j rule")?;
         let mut rules = rules.as_array().into_iter().flatten();
         Ok(rules.any(|rule| rule["table"] == DETOUR_TABLE))
     }
@@ -237,11 +257,34 @@ impl Node {
         Ok(held)
     }
 
-    /// The counters of its kernel's tunnel device, which the traffic takes when no worker does.
+    /// The counters of its kernel's tunnel devices, which the traffic takes when no worker does, all
+    /// together; of a kernel or a backend without such a device, nothing.
     ///
     /// # Errors
-    /// There is no such device.
+    /// The kernel cannot be asked.
     pub fn standby_counters(&self) -> Result<LinkCounters> {
-        self.link_counters("flannel.1")
+        let plan = self.plan();
+        let links: Value = serde_json::from_str(&self.output(&["ip", "-j", "link"])?)
+            .context("output of ip -j link")?;
+        let links = links.as_array().into_iter().flatten();
+        let names: Vec<&str> = links.filter_map(|link| link["ifname"].as_str()).collect();
+        let mut sum = LinkCounters::default();
+        for device in plan
+            .families()
+            .filter_map(|family| plan.backend.device(family))
+        {
+            if names.contains(&device) {
+                sum += self.link_counters(device)?;
+            }
+        }
+        Ok(sum)
+    }
+}
+
+/// What tells `ip` the family.
+fn option(family: Family) -> &'static str {
+    match family {
+        Family::Ipv4 => "-4",
+        Family::Ipv6 => "-6",
     }
 }

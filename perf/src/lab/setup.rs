@@ -5,6 +5,7 @@
 //! So every offload is off on both ends of every underlay link; what crosses it has been cut to
 //! the MTU and summed by the sender.
 
+use core::net::IpAddr;
 use core::time::Duration;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -13,8 +14,10 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::{Fabric, Host, Lab, Node, NodeKind, wait_until};
-use crate::address;
+use super::plan::{Backend, Plan};
+use super::userland::{TunnelKind, UserlandTunnel};
+use super::{Fabric, Host, Lab, Node, NodeKind, Pod, wait_until};
+use crate::address::{self, Family, Mac};
 use crate::netns::{self, Netns};
 
 /// What `ethtool -K` switches off on an underlay link.
@@ -39,24 +42,19 @@ impl Lab {
         let hosts = self.hosts();
         let namespaces: Vec<&Netns> = hosts.iter().map(|host| host.netns()).collect();
         netns::create(&namespaces)?;
+        if self.plan().families.has(Family::Ipv6) {
+            // Nobody has another's address here, and to find out takes a second in which neighbours
+            // cannot be asked for.
+            for namespace in &namespaces {
+                let known = namespace.sysctl("net/ipv6/conf/default/dad_transmits", "0")?;
+                ensure!(known, "this kernel has no IPv6");
+            }
+        }
         self.set_up_fabric()?;
         for node in &self.nodes {
             self.set_up_node(node)?;
             for pod in node.pods() {
-                let index = node.index();
-                let gateway = address::gateway(index);
-                pod.netns().batch(
-                    "ip",
-                    &format!(
-                        "link set lo up\n\
-                     link set eth0 up\n\
-                     addr add {}/24 dev eth0\n\
-                     route add default via {gateway}\n\
-                     route add {} via {gateway}\n",
-                        pod.address(),
-                        address::POD_NETWORK,
-                    ),
-                )?;
+                self.set_up_pod(pod)?;
             }
             if node.kind() == NodeKind::PlainLinux {
                 self.program_as_flannel(node)?;
@@ -80,78 +78,157 @@ impl Lab {
     }
 
     fn set_up_fabric(&self) -> Result<()> {
-        let (mtu, queues) = (self.description.mtu, self.description.queues);
+        let (plan, mtu, queues) = (self.plan(), self.mtu(), self.description.queues);
         let namespace = self.fabric.netns();
         // A switch does not look into the packets that pass it. With these on, the bridge would
         // throw away the malformed ones that tests send, and join fragments.
         for family in ["iptables", "ip6tables", "arptables"] {
             namespace.sysctl(&format!("net/bridge/bridge-nf-call-{family}"), "0")?;
         }
-        let mut lines = format!(
-            "link set lo up\n\
-             link add name br0 mtu {mtu} type bridge mcast_snooping 0\n\
-             addr add {}/24 dev br0\n\
-             link set br0 up\n",
-            address::FABRIC
-        );
-        let mut port = |name: &str, mac: address::Mac, peer: &Netns| {
+        let segments = plan.all_segments();
+        if segments.len() > 1 {
+            set_forwarding(namespace, plan)?;
+            // It does what it is told, and teaches nobody another way.
+            for conf in ["all", "default"] {
+                namespace.sysctl(&format!("net/ipv4/conf/{conf}/send_redirects"), "0")?;
+            }
+            // Tunnels keep to a path by their ports.
+            namespace.sysctl("net/ipv4/fib_multipath_hash_policy", "1")?;
+            namespace.sysctl("net/ipv6/fib_multipath_hash_policy", "1")?;
+        }
+        // Each router answers for its own address alone.
+        namespace.sysctl("net/ipv4/conf/all/arp_ignore", "1")?;
+        namespace.sysctl("net/ipv4/conf/all/arp_announce", "2")?;
+        let mut lines = "link set lo up\n".to_owned();
+        for segment in &segments {
+            let bridge = Fabric::bridge(*segment);
+            lines.push_str(&format!(
+                "link add name {bridge} address {} mtu {mtu} type bridge mcast_snooping 0\n\
+                 {}link set {bridge} up\n",
+                address::router_mac(*segment, 0),
+                self.router_addresses(&bridge, *segment, 0),
+            ));
+            for number in 1..plan.routers {
+                let router = format!("gw{segment}");
+                lines.push_str(&format!(
+                    "link add name {router} link {bridge} address {} mtu {mtu} type macvlan mode bridge\n\
+                     {}link set {router} up\n",
+                    address::router_mac(*segment, number),
+                    self.router_addresses(&router, *segment, number),
+                ));
+            }
+        }
+        let mut ports = Vec::new();
+        let mut port = |name: String, segment: u8, nic: &str, mac: Mac, peer: &Netns| {
             let queues = format!("numrxqueues {queues} numtxqueues {queues}");
             lines.push_str(&format!(
                 "link add name {name} mtu {mtu} {queues} type veth \
-                 peer name eth0 address {mac} mtu {mtu} {queues} netns {}\n\
-                 link set {name} master br0 up\n",
+                 peer name {nic} address {mac} mtu {mtu} {queues} netns {}\n\
+                 link set {name} master {} up\n",
                 peer.name(),
+                Fabric::bridge(segment),
             ));
+            ports.push(name);
         };
-        port("attacker", address::ATTACKER_MAC, self.attacker.netns());
+        let attacker = self.attacker.netns();
+        port(
+            "attacker".to_owned(),
+            0,
+            "eth0",
+            address::ATTACKER_MAC,
+            attacker,
+        );
         for node in &self.nodes {
-            port(
-                &Fabric::port(node.index()),
-                address::underlay_mac(node.index()),
-                node.netns(),
-            );
+            for (uplink, nic) in (0..).zip(plan.nics()) {
+                let name = Fabric::uplink_port(node.index(), uplink);
+                let (segment, mac) = node.uplink(uplink);
+                port(name, segment, nic, mac, node.netns());
+            }
+        }
+        if plan.uplinks > 1 {
+            for node in &self.nodes {
+                lines.push_str(&routes_back(plan, node));
+            }
         }
         namespace.batch("ip", &lines)?;
-        let ports: Vec<String> = self
-            .nodes
-            .iter()
-            .map(|node| Fabric::port(node.index()))
-            .collect();
-        let ports = ports.iter().map(String::as_str).chain(["attacker"]);
-        make_a_wire(namespace, &ports.collect::<Vec<_>>())?;
-        make_a_wire(self.attacker.netns(), &["eth0"])?;
-        self.attacker.netns().batch(
-            "ip",
-            &format!(
-                "link set lo up\n\
-             link set eth0 up\n\
-             addr add {}/24 dev eth0\n\
-             route add default via {}\n",
-                address::ATTACKER,
-                address::FABRIC,
+        let ports: Vec<&str> = ports.iter().map(String::as_str).collect();
+        make_a_wire(namespace, &ports)?;
+        make_a_wire(attacker, &["eth0"])?;
+        let mut lines = "link set lo up\nlink set eth0 up\n".to_owned();
+        for family in plan.families.iter() {
+            lines.push_str(&match family {
+                Family::Ipv4 => format!(
+                    "addr add {}/24 dev eth0\nroute add default via {}\n",
+                    address::ATTACKER,
+                    address::FABRIC
+                ),
+                Family::Ipv6 => format!(
+                    "addr add {}/64 dev eth0 nodad\nroute add ::/0 via {}\n",
+                    address::ATTACKER6,
+                    address::FABRIC6
+                ),
+            });
+        }
+        attacker.batch("ip", &lines)
+    }
+
+    fn router_addresses(&self, interface: &str, segment: u8, number: u8) -> String {
+        let of = |family| match family {
+            Family::Ipv4 => format!(
+                "addr add {}/24 dev {interface}\n",
+                address::router(segment, number)
             ),
-        )
+            Family::Ipv6 => format!(
+                "addr add {}/64 dev {interface} nodad\n",
+                address::router6(segment, number)
+            ),
+        };
+        self.plan().families.iter().map(of).collect()
     }
 
     fn set_up_node(&self, node: &Node) -> Result<()> {
-        let (index, pod_mtu) = (node.index(), self.pod_mtu());
+        let (plan, index, pod_mtu) = (self.plan(), node.index(), self.pod_mtu());
         let namespace = node.netns();
-        make_a_wire(namespace, &["eth0"])?;
-        let forwarding = namespace.sysctl("net/ipv4/ip_forward", "1")?;
-        ensure!(forwarding, "this kernel does not forward IPv4");
-        let mut lines = format!(
-            "link set lo up\n\
-             link set eth0 up\n\
-             addr add {}/24 dev eth0\n\
-             route add default via {}\n\
-             link add name cni0 address {} mtu {pod_mtu} type bridge\n\
-             addr add {}/24 brd + dev cni0\n\
-             link set cni0 up\n",
-            address::underlay(index),
-            address::FABRIC,
+        make_a_wire(namespace, plan.nics())?;
+        set_forwarding(namespace, plan)?;
+        let mut lines = "link set lo up\n".to_owned();
+        for (uplink, nic) in (0..).zip(plan.nics()) {
+            // What comes back may come back over either uplink.
+            if plan.uplinks > 1 {
+                namespace.sysctl(&format!("net/ipv4/conf/{nic}/rp_filter"), "0")?;
+                namespace.sysctl("net/ipv4/conf/all/rp_filter", "0")?;
+            }
+            let (segment, _mac) = node.uplink(uplink);
+            lines.push_str(&format!("link set {nic} up\n"));
+            for family in plan.families.iter() {
+                lines.push_str(&match family {
+                    Family::Ipv4 => format!(
+                        "addr add {}/24 dev {nic}\n",
+                        address::underlay_in(segment, index)
+                    ),
+                    Family::Ipv6 => format!(
+                        "addr add {}/64 dev {nic} nodad\n",
+                        address::underlay6_in(segment, index)
+                    ),
+                });
+            }
+        }
+        for family in plan.families.iter() {
+            lines.push_str(&default_route(node, family));
+        }
+        lines.push_str(&format!(
+            "link add name cni0 address {} mtu {pod_mtu} type bridge\n",
             address::gateway_mac(index),
-            address::gateway(index),
-        );
+        ));
+        for family in plan.families() {
+            lines.push_str(&match family {
+                Family::Ipv4 => format!("addr add {}/24 brd + dev cni0\n", address::gateway(index)),
+                Family::Ipv6 => {
+                    format!("addr add {}/64 dev cni0 nodad\n", address::gateway6(index))
+                }
+            });
+        }
+        lines.push_str("link set cni0 up\n");
         for pod in node.pods() {
             lines.push_str(&format!(
                 "link add name pod{number} mtu {pod_mtu} type veth \
@@ -166,49 +243,206 @@ impl Lab {
         namespace.batch("ip", &lines)
     }
 
-    /// The kernel state that flannel leaves behind on a node: vxlan device, and for each peer a
-    /// permanent neighbour, an FDB entry and an onlink route; forward and masquerade rules.
-    fn program_as_flannel(&self, node: &Node) -> Result<()> {
-        let index = node.index();
-        let namespace = node.netns();
-        let mut links = format!(
-            "link add name flannel.1 address {} mtu {} type vxlan \
-             id {} local {} dev eth0 dstport {} nolearning\n\
-             addr add {}/32 dev flannel.1\n\
-             link set flannel.1 up\n",
-            address::vtep_mac(index),
-            self.pod_mtu(),
-            address::VNI,
-            address::underlay(index),
-            address::VXLAN_PORT,
-            address::subnet(index),
-        );
-        let mut fdb = String::new();
-        for peer in self
-            .nodes
-            .iter()
-            .map(Node::index)
-            .filter(|peer| *peer != index)
-        {
-            let (subnet, vtep) = (address::subnet(peer), address::vtep_mac(peer));
-            links.push_str(&format!(
-                "neigh replace {subnet} lladdr {vtep} dev flannel.1 nud permanent\n\
-                 route add {subnet}/24 via {subnet} dev flannel.1 onlink\n",
-            ));
-            let public = address::underlay(peer);
-            fdb.push_str(&format!(
-                "fdb add {vtep} dev flannel.1 dst {public} self permanent\n"
-            ));
+    /// As the CNI plugin leaves a pod: an address, the default route, and one for the pod network.
+    fn set_up_pod(&self, pod: &Pod) -> Result<()> {
+        let mut lines = "link set lo up\nlink set eth0 up\n".to_owned();
+        for family in self.plan().families() {
+            lines.push_str(&match family {
+                Family::Ipv4 => format!(
+                    "addr add {}/24 dev eth0\n\
+                     route add default via {gateway}\n\
+                     route add {} via {gateway}\n",
+                    pod.address(),
+                    address::POD_NETWORK,
+                    gateway = address::gateway(pod.node()),
+                ),
+                Family::Ipv6 => format!(
+                    "addr add {}/64 dev eth0 nodad\n\
+                     route add ::/0 via {gateway}\n\
+                     route add {} via {gateway}\n",
+                    pod.address6(),
+                    address::POD_NETWORK6,
+                    gateway = address::gateway6(pod.node()),
+                ),
+            });
         }
-        namespace.batch("ip", &links)?;
-        namespace.sysctl("net/ipv6/conf/flannel.1/accept_ra", "0")?;
-        namespace.batch("bridge", &fdb)?;
+        pod.netns().batch("ip", &lines)
+    }
+
+    /// The kernel state that flannel leaves behind on a node: the tunnel's device, what leads to each
+    /// peer, and forward and masquerade rules.
+    fn program_as_flannel(&self, node: &Node) -> Result<()> {
+        match self.backend() {
+            Backend::Vxlan => self
+                .families()
+                .into_iter()
+                .try_for_each(|family| self.program_vxlan(node, family))?,
+            Backend::Ipip => self.program_ipip(node)?,
+            Backend::Udp => self.program_udp(node)?,
+            Backend::HostGw => {}
+        }
+        let mut routes = String::new();
+        for peer in self.peers_of(node) {
+            for family in self.families() {
+                routes.push_str(&self.flannel_route(node, peer, family));
+            }
+        }
+        let namespace = node.netns();
+        namespace.batch("ip", &routes)?;
         let rules = node.dir().join("flannel.nft");
-        fs::write(&rules, flannel_rules(index)).with_context(|| format!("{}", rules.display()))?;
+        fs::write(&rules, flannel_rules(self.plan(), node.index()))
+            .with_context(|| format!("{}", rules.display()))?;
         namespace
             .output(&["nft", "-f", &rules.to_string_lossy()])
             .context("package nftables")
             .map(drop)
+    }
+
+    fn peers_of<'a>(&'a self, node: &Node) -> impl Iterator<Item = &'a Node> {
+        let index = node.index();
+        self.nodes.iter().filter(move |peer| peer.index() != index)
+    }
+
+    /// A vxlan device, and for each peer that it leads to a permanent neighbour and an FDB entry.
+    fn program_vxlan(&self, node: &Node, family: Family) -> Result<()> {
+        let index = node.index();
+        let namespace = node.netns();
+        let device = if family == Family::Ipv4 {
+            "flannel.1"
+        } else {
+            "flannel-v6.1"
+        };
+        let (mac, host_route) = match family {
+            Family::Ipv4 => (
+                address::vtep_mac(index),
+                format!("{}/32", address::subnet(index)),
+            ),
+            Family::Ipv6 => (
+                address::vtep_mac6(index),
+                format!("{}/128", address::subnet6(index)),
+            ),
+        };
+        let mut links = format!(
+            "link add name {device} address {mac} mtu {} type vxlan \
+             id {} local {} dev eth0 dstport {} nolearning\n\
+             addr add {host_route} dev {device}\n\
+             link set {device} up\n",
+            self.pod_mtu_of(family),
+            address::VNI,
+            node.address_of(family),
+            address::VXLAN_PORT,
+        );
+        let mut fdb = String::new();
+        for peer in self.peers_of(node) {
+            if self.is_direct(index, peer.index()) {
+                continue;
+            }
+            let (subnet, vtep) = match family {
+                Family::Ipv4 => (
+                    address::subnet(peer.index()).to_string(),
+                    address::vtep_mac(peer.index()),
+                ),
+                Family::Ipv6 => (
+                    address::subnet6(peer.index()).to_string(),
+                    address::vtep_mac6(peer.index()),
+                ),
+            };
+            links.push_str(&format!(
+                "neigh replace {subnet} lladdr {vtep} dev {device} nud permanent\n"
+            ));
+            let public = peer.address_of(family);
+            fdb.push_str(&format!(
+                "fdb add {vtep} dev {device} dst {public} self permanent\n"
+            ));
+        }
+        namespace.batch("ip", &links)?;
+        namespace.sysctl(&format!("net/ipv6/conf/{device}/accept_ra"), "0")?;
+        namespace.batch("bridge", &fdb)
+    }
+
+    /// An ipip device; a thread of ours in place of it where the kernel has none.
+    fn program_ipip(&self, node: &Node) -> Result<()> {
+        let (index, mtu) = (node.index(), self.pod_mtu_of(Family::Ipv4));
+        let namespace = node.netns();
+        let local = node.address();
+        let device = "flannel.ipip";
+        let made = namespace.exec(&[
+            "ip",
+            "link",
+            "add",
+            "name",
+            device,
+            "type",
+            "ipip",
+            "local",
+            &local.to_string(),
+            "ttl",
+            "inherit",
+            "nopmtudisc",
+        ])?;
+        if !made.status.success() {
+            self.start_userland_tunnel(node, device, TunnelKind::Ipip)?;
+        }
+        let lines = format!(
+            "link set {device} mtu {mtu}\naddr add {}/32 dev {device}\nlink set {device} up\n",
+            address::subnet(index),
+        );
+        namespace.batch("ip", &lines)
+    }
+
+    /// flannel's own process on a TUN device, for which a thread of ours stands in.
+    fn program_udp(&self, node: &Node) -> Result<()> {
+        let (index, mtu) = (node.index(), self.pod_mtu_of(Family::Ipv4));
+        let device = "flannel0";
+        self.start_userland_tunnel(node, device, TunnelKind::Udp)?;
+        let lines = format!(
+            "link set {device} mtu {mtu}\n\
+             addr add {}/32 dev {device}\n\
+             link set {device} up\n\
+             route add {} dev {device}\n",
+            address::subnet(index),
+            address::POD_NETWORK,
+        );
+        node.netns().batch("ip", &lines)
+    }
+
+    fn start_userland_tunnel(&self, node: &Node, device: &str, kind: TunnelKind) -> Result<()> {
+        let peers = self
+            .peers_of(node)
+            .map(|peer| (address::subnet(peer.index()), peer.address()))
+            .collect();
+        let tunnel =
+            UserlandTunnel::start(node, device, kind, self.pod_mtu_of(Family::Ipv4), peers);
+        node.keep_userland_tunnel(tunnel?);
+        Ok(())
+    }
+
+    /// flannel's route to the pods of a peer.
+    fn flannel_route(&self, node: &Node, peer: &Node, family: Family) -> String {
+        let (subnet, first) = match family {
+            Family::Ipv4 => (
+                address::subnet_prefix(peer.index()),
+                address::subnet(peer.index()).to_string(),
+            ),
+            Family::Ipv6 => (
+                address::subnet6_prefix(peer.index()),
+                address::subnet6(peer.index()).to_string(),
+            ),
+        };
+        let public = peer.address_of(family);
+        match (self.is_direct(node.index(), peer.index()), self.backend()) {
+            (true, Backend::Ipip) => format!("route add {subnet} via {public} dev eth0 onlink\n"),
+            (true, _) => format!("route add {subnet} via {public}\n"),
+            (false, Backend::Ipip) => {
+                format!("route add {subnet} via {public} dev flannel.ipip onlink\n")
+            }
+            // One route for all peers is there.
+            (false, Backend::Udp) => String::new(),
+            (false, backend) => match backend.device(family) {
+                Some(device) => format!("route add {subnet} via {first} dev {device} onlink\n"),
+                None => String::new(),
+            },
+        }
     }
 
     fn links_are_up(&self) -> bool {
@@ -226,34 +460,110 @@ impl Lab {
     }
 }
 
-/// The rules of flannel's nftables mode.
-fn flannel_rules(node: u8) -> String {
-    let (network, subnet) = (address::POD_NETWORK, address::subnet_prefix(node));
-    format!(
-        "table ip flannel-ipv4 {{
-  comment \"rules for flannel-ipv4\"
+/// Makes a namespace a router for the plan's families.
+fn set_forwarding(namespace: &Netns, plan: &Plan) -> Result<()> {
+    for family in plan.families.iter() {
+        let key = match family {
+            Family::Ipv4 => "net/ipv4/ip_forward",
+            Family::Ipv6 => "net/ipv6/conf/all/forwarding",
+        };
+        let forwarding = namespace.sysctl(key, "1")?;
+        ensure!(forwarding, "this kernel does not forward {family}");
+    }
+    Ok(())
+}
+
+/// A node's default route, over all routers of all its uplinks' segments.
+fn default_route(node: &Node, family: Family) -> String {
+    let plan = node.plan();
+    let mut hops = Vec::new();
+    for (uplink, nic) in (0..).zip(plan.nics()) {
+        let (segment, _mac) = node.uplink(uplink);
+        for number in 0..plan.routers {
+            let router: IpAddr = match family {
+                Family::Ipv4 => address::router(segment, number).into(),
+                Family::Ipv6 => address::router6(segment, number).into(),
+            };
+            hops.push(format!("via {router} dev {nic}"));
+        }
+    }
+    let to = match family {
+        Family::Ipv4 => "default",
+        Family::Ipv6 => "::/0",
+    };
+    match hops.as_slice() {
+        [only] => format!("route add {to} {only}\n"),
+        several => format!("route add {to} nexthop {}\n", several.join(" nexthop ")),
+    }
+}
+
+/// The fabric's routes to a node over both its uplinks.
+fn routes_back(plan: &Plan, node: &Node) -> String {
+    let mut lines = String::new();
+    for family in plan.families.iter() {
+        let hops: Vec<String> = (0..plan.uplinks)
+            .map(|uplink| {
+                let (segment, _mac) = node.uplink(uplink);
+                let via: IpAddr = match family {
+                    Family::Ipv4 => address::underlay_in(segment, node.index()).into(),
+                    Family::Ipv6 => address::underlay6_in(segment, node.index()).into(),
+                };
+                format!("nexthop via {via} dev {}", Fabric::bridge(segment))
+            })
+            .collect();
+        let bits = if family == Family::Ipv4 { 32 } else { 128 };
+        let address = node.address_of(family);
+        lines.push_str(&format!("route add {address}/{bits} {}\n", hops.join(" ")));
+    }
+    lines
+}
+
+/// The rules of flannel's nftables mode. It makes both tables, and fills those of its families.
+fn flannel_rules(plan: &Plan, node: u8) -> String {
+    let table = |family: Family| {
+        let (ip, name, network, subnet, groups) = match family {
+            Family::Ipv4 => (
+                "ip",
+                "flannel-ipv4",
+                address::POD_NETWORK,
+                address::subnet_prefix(node),
+                "224.0.0.0/4",
+            ),
+            Family::Ipv6 => (
+                "ip6",
+                "flannel-ipv6",
+                address::POD_NETWORK6,
+                address::subnet6_prefix(node),
+                "ff00::/8",
+            ),
+        };
+        if !plan.families().any(|of_plan| of_plan == family) {
+            return format!("table {ip} {name} {{\n  comment \"rules for {name}\"\n}}\n");
+        }
+        format!(
+            "table {ip} {name} {{
+  comment \"rules for {name}\"
   chain postrtg {{
     comment \"chain to manage traffic masquerading by flannel\"
     type nat hook postrouting priority srcnat; policy accept;
     meta mark 0x4000 return
-    ip saddr {subnet} ip daddr {network} return
-    ip saddr {network} ip daddr {subnet} return
-    ip saddr != {subnet} ip daddr {network} return
-    ip saddr {network} ip daddr != 224.0.0.0/4 masquerade fully-random
-    ip saddr != {network} ip daddr {network} masquerade fully-random
+    {ip} saddr {subnet} {ip} daddr {network} return
+    {ip} saddr {network} {ip} daddr {subnet} return
+    {ip} saddr != {subnet} {ip} daddr {network} return
+    {ip} saddr {network} {ip} daddr != {groups} masquerade fully-random
+    {ip} saddr != {network} {ip} daddr {network} masquerade fully-random
   }}
   chain forward {{
     comment \"chain to accept flannel traffic\"
     type filter hook forward priority filter; policy accept;
-    ip saddr {network} accept
-    ip daddr {network} accept
+    {ip} saddr {network} accept
+    {ip} daddr {network} accept
   }}
 }}
-table ip6 flannel-ipv6 {{
-  comment \"rules for flannel-ipv6\"
-}}
 "
-    )
+        )
+    };
+    Family::ALL.into_iter().map(table).collect()
 }
 
 /// Switches the offloads of interfaces off.

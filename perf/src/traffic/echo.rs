@@ -8,6 +8,7 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use super::{Pattern, run_tag, udp_socket};
+use crate::address::Family;
 use crate::lab::Host;
 use crate::sys;
 
@@ -32,9 +33,25 @@ pub struct EchoReport {
 /// # Errors
 /// A socket cannot be opened. Lost and changed datagrams are in the report.
 pub fn udp_echo(from: &dyn Host, to: &dyn Host, payload_sizes: &[usize]) -> Result<EchoReport> {
-    let (client, server) = (udp_socket(from)?, udp_socket(to)?);
+    udp_echo_over(Family::Ipv4, true, from, to, payload_sizes)
+}
+
+/// The same over either family; without DF, datagrams longer than the MTU go in fragments.
+///
+/// # Errors
+/// As [`udp_echo`].
+pub fn udp_echo_over(
+    family: Family,
+    dont_fragment: bool,
+    from: &dyn Host,
+    to: &dyn Host,
+    payload_sizes: &[usize],
+) -> Result<EchoReport> {
+    let (client, server) = (udp_socket(from, family)?, udp_socket(to, family)?);
     for socket in [&client, &server] {
-        sys::set_dont_fragment(socket).context("DF")?;
+        if dont_fragment {
+            sys::set_dont_fragment(socket, family).context("DF")?;
+        }
         socket
             .set_read_timeout(Some(Duration::from_millis(50)))
             .context("receive timeout")?;

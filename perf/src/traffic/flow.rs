@@ -12,7 +12,7 @@
 //! ```
 
 use core::fmt;
-use core::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use core::net::{IpAddr, SocketAddr};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use core::time::Duration;
 use std::net::UdpSocket;
@@ -20,10 +20,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::histogram::Histogram;
 use super::{Pattern, run_tag, udp_socket};
+use crate::address::Family;
 use crate::lab::Host;
 use crate::sys;
 
@@ -51,6 +52,7 @@ const NICE: i32 = -5;
 pub struct UdpFlow<'a> {
     from: &'a dyn Host,
     to: &'a dyn Host,
+    family: Family,
     flows: u16,
     sizes: Vec<usize>,
     rate: u64,
@@ -65,6 +67,7 @@ impl<'a> UdpFlow<'a> {
         Self {
             from,
             to,
+            family: Family::Ipv4,
             flows: 1,
             sizes: vec![64],
             rate: 1000,
@@ -72,6 +75,12 @@ impl<'a> UdpFlow<'a> {
             duration: None,
             drain: Duration::from_millis(300),
         }
+    }
+
+    /// Over this family; IPv4 unless said otherwise.
+    pub fn over(mut self, family: Family) -> Self {
+        self.family = family;
+        self
     }
 
     /// So many flows, each with a source port of its own, taking turns.
@@ -123,20 +132,17 @@ impl<'a> UdpFlow<'a> {
             "a payload below {UDP_PAYLOAD_MIN} bytes"
         );
         ensure!(size_max <= 65_507, "a payload above 65507 bytes");
-        let sink = udp_socket(self.to)?;
+        let sink = udp_socket(self.to, self.family)?;
         sys::set_receive_buffer(&sink, 64 << 20).context("receive buffer of a sink")?;
         sys::set_receive_timeout(&sink, 20).context("receive timeout of a sink")?;
-        let destination = match sink.local_addr().context("address of a sink")? {
-            SocketAddr::V4(address) => address,
-            SocketAddr::V6(address) => bail!("IPv6 address {address} of a sink"),
-        };
+        let destination = sink.local_addr().context("address of a sink")?;
         let sources: Vec<UdpSocket> = (0..self.flows)
-            .map(|_| udp_socket(self.from))
+            .map(|_| udp_socket(self.from, self.family))
             .collect::<Result<_>>()?;
         let shared = Arc::new(Shared {
             tag: run_tag(),
             start: Instant::now(),
-            source: self.from.address(),
+            source: self.from.address_of(self.family),
             sent: sources.iter().map(|_| AtomicU64::new(0)).collect(),
             refused: AtomicU64::new(0),
             stop_sending: AtomicBool::new(false),
@@ -194,7 +200,7 @@ impl fmt::Debug for dyn Host + '_ {
 struct Shared {
     tag: u32,
     start: Instant,
-    source: Ipv4Addr,
+    source: IpAddr,
     /// Per flow; only the sender stores these.
     sent: Vec<AtomicU64>,
     refused: AtomicU64,
@@ -478,7 +484,7 @@ impl Drop for TrafficHandle {
 
 struct Sender {
     sources: Vec<UdpSocket>,
-    destination: SocketAddrV4,
+    destination: SocketAddr,
     sizes: Vec<usize>,
     rate: u64,
     count: u64,

@@ -10,27 +10,34 @@ mod histogram;
 mod ping;
 mod tcp;
 
-pub use echo::{EchoReport, udp_echo};
+pub use echo::{EchoReport, udp_echo, udp_echo_over};
 pub use flow::{Mark, TrafficHandle, TrafficReport, UDP_PAYLOAD_MIN, UdpFlow};
 pub use group::TrafficGroup;
 pub use ping::{Ping, PingReport};
-pub use tcp::{TcpReport, tcp_transfer};
+pub use tcp::{TcpReport, tcp_transfer, tcp_transfer_over};
 
 use std::net::UdpSocket;
 
 use anyhow::{Context, Result};
 
+use crate::address::Family;
 use crate::lab::Host;
+
+/// The longest UDP payload that fits an IPv4 packet of `mtu` bytes.
+#[must_use]
+pub const fn udp_payload_max(mtu: u16) -> usize {
+    udp_payload_max_over(Family::Ipv4, mtu)
+}
 
 /// The longest UDP payload that fits a packet of `mtu` bytes.
 #[must_use]
-pub const fn udp_payload_max(mtu: u16) -> usize {
-    (mtu - 28) as usize
+pub const fn udp_payload_max_over(family: Family, mtu: u16) -> usize {
+    (mtu - family.udp_headers()) as usize
 }
 
 /// A UDP socket bound to a host's address and a free port.
-fn udp_socket(host: &dyn Host) -> Result<UdpSocket> {
-    let address = (host.address(), 0);
+fn udp_socket(host: &dyn Host, family: Family) -> Result<UdpSocket> {
+    let address = (host.address_of(family), 0);
     host.netns()
         .run(|| UdpSocket::bind(address))?
         .with_context(|| format!("UDP socket on {}", host.name()))

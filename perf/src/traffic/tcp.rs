@@ -1,6 +1,5 @@
 //! Bulk TCP in both directions at once, compared byte for byte.
 
-use core::net::{SocketAddr, SocketAddrV4};
 use core::time::Duration;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -10,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::{Pattern, run_tag};
+use crate::address::Family;
 use crate::lab::{Host, wait_until};
 
 /// A connection on which nothing moves for so long has failed.
@@ -30,14 +30,27 @@ pub struct TcpReport {
 /// # Errors
 /// No connection, a stall, an early end, or a byte that differs; the error says at which offset.
 pub fn tcp_transfer(from: &dyn Host, to: &dyn Host, bytes: u64) -> Result<TcpReport> {
-    let what = || format!("TCP from {} to {}", from.name(), to.name());
-    let address = (to.address(), 0);
+    tcp_transfer_over(Family::Ipv4, from, to, bytes)
+}
+
+/// The same over either family.
+///
+/// # Errors
+/// As [`tcp_transfer`].
+pub fn tcp_transfer_over(
+    family: Family,
+    from: &dyn Host,
+    to: &dyn Host,
+    bytes: u64,
+) -> Result<TcpReport> {
+    let what = || format!("TCP over {family} from {} to {}", from.name(), to.name());
+    let address = (to.address_of(family), 0);
     let listener = to
         .netns()
         .run(|| TcpListener::bind(address))?
         .with_context(what)?;
     let server_address = listener.local_addr().with_context(what)?;
-    let local = SocketAddr::V4(SocketAddrV4::new(from.address(), 0));
+    let local = from.address_of(family);
     let start = Instant::now();
     let client = from
         .netns()
@@ -45,12 +58,12 @@ pub fn tcp_transfer(from: &dyn Host, to: &dyn Host, bytes: u64) -> Result<TcpRep
     let client = client.with_context(|| format!("{}: connect", what()))?;
     let server = accept(&listener).with_context(what)?;
     let seen = server.peer_addr().with_context(what)?;
-    if seen.ip() != local.ip() {
+    if seen.ip() != local {
         bail!(
             "{}: the far end sees {} and not {}",
             what(),
             seen.ip(),
-            local.ip()
+            local
         );
     }
     let (there, back) = (u64::from(run_tag()), u64::from(run_tag()));

@@ -4,7 +4,7 @@ use core::net::Ipv4Addr;
 
 use proptest::prelude::*;
 use ripstop_fib::sync::words;
-use ripstop_fib::{AdjacencyId, Image};
+use ripstop_fib::{AdjacencyId, Image, PathsId};
 
 use crate::example::image;
 
@@ -22,12 +22,18 @@ fn ask_everything(image: &Image<'_>, probes: &[u64]) {
     let names: usize = leases.map(|lease| lease.node_name().len()).sum();
     assert!(names <= image.size_bytes());
     let node = image.node();
-    let known = [u32::from(node.local), u32::from(node.subnet.0), 0, u32::MAX];
+    let own = node.v4.map_or(0, |local| u32::from(local.address));
+    let known = [own, 0, u32::MAX];
     let adjacencies = u32::try_from(image.adjacencies()).unwrap();
+    let mut found = 0;
     for id in (0..adjacencies).chain([AdjacencyId::MAX.0, u32::MAX]) {
-        let there = image.template(AdjacencyId(id)).is_some();
-        assert_eq!(there, id < adjacencies);
+        found += u32::from(image.template(AdjacencyId(id)).is_some());
+        found += u32::from(image.long_template(AdjacencyId(id)).is_some());
+        for uplink in [0, 1, 3, 4, u8::MAX] {
+            image.path(PathsId(id), uplink, id.wrapping_mul(0x9e37_79b9));
+        }
     }
+    assert_eq!(found, adjacencies);
     for probe in probes {
         let (low, high) = (probe & 0xffff_ffff, probe >> 32);
         for part in [low, high] {
@@ -40,6 +46,9 @@ fn ask_everything(image: &Image<'_>, probes: &[u64]) {
             }
         }
         image.lookup6(u128::from(*probe));
+        for outer in [u128::from(*probe), 0xfd00_0199 << 96 | 0x12, u128::MAX] {
+            image.check_peer6(outer, u128::from(*probe) << 40);
+        }
         image.lookup6(u128::from(*probe) << 64);
         image.lookup6(0xfd10_0244_0002 << 80 | u128::from(*probe) << 40);
     }
@@ -53,7 +62,7 @@ proptest! {
     fn a_damaged_image_answers_and_is_noticed(
         bits in prop::collection::vec((any::<prop::sample::Index>(), 0u32..64), 0..4),
         replaced in prop::collection::vec((any::<prop::sample::Index>(), any::<u64>()), 0..4),
-        steering in prop::collection::vec((0usize..32, 0u32..64), 0..3),
+        steering in prop::collection::vec((0usize..64, 0u32..64), 0..3),
         pointers in prop::collection::vec((0usize..4, any::<u32>()), 0..3),
         probes in prop::collection::vec(any::<u64>(), 8),
     ) {
@@ -65,7 +74,7 @@ proptest! {
         // Entries of the tables that are in use, turned into numbers of chunks that may not be there.
         for (place, value) in &pointers {
             let entry = u64::from(*value) << 32 | u64::from(*value | 1 << 31);
-            damaged[[1434, 32801, 33312, 65824][*place] % valid.len()] = entry;
+            damaged[[1466, 32833, 33344, 65856][*place] % valid.len()] = entry;
         }
         let shared = words(&damaged);
         match Image::attach(&shared) {
@@ -84,7 +93,7 @@ proptest! {
 fn every_damaged_bit_of_the_header_is_noticed() {
     let valid = image();
     let probes = [0, u64::MAX, 0x0af4_0281_0ac7_000c];
-    for word in 0..32 {
+    for word in 0..64 {
         for bit in 0..64 {
             let mut damaged = valid.clone();
             damaged[word] ^= 1 << bit;
@@ -105,8 +114,8 @@ fn circles_and_stray_pointers_end() {
     let entries: [u64; 4] = [1 << 31 | 1, 1 << 31, u32::MAX.into(), 1 << 31 | 0x7f_ffff];
     for entry in entries {
         let mut damaged = valid.clone();
-        damaged[32..65952].fill(entry | entry << 32);
-        for peers in &mut damaged[65960..65968] {
+        damaged[64..65984].fill(entry | entry << 32);
+        for peers in &mut damaged[66024..66072] {
             *peers = u64::MAX;
         }
         let shared = words(&damaged);

@@ -31,12 +31,12 @@ fn an_image_with_an_impossible_header_is_refused() {
             "starts with 0x0000000000000000, not with 0x31474d4953504952",
         ),
         (
-            &[(1, place(2, 32))],
-            "layout version 2, this program reads 1",
+            &[(1, place(1, 32))],
+            "layout version 1, this program reads 2",
         ),
         (
-            &[(1, place(1, 40))],
-            "layout version 1, this program reads 1",
+            &[(1, place(2, 72))],
+            "layout version 2, this program reads 2",
         ),
         (&[(2, 5)], "the table claims 5 words but"),
         (&[(2, u64::MAX)], "claims 18446744073709551615 words but"),
@@ -47,20 +47,24 @@ fn an_image_with_an_impossible_header_is_refused() {
             "section 0 of the table",
         ),
         (&[(16, u64::MAX)], "section 0 of the table"),
-        (&[(16, place(32, 0x4000))], "section 0 of the table"),
-        (&[(17, place(32, 127))], "section 1 of the table"),
-        (&[(18, place(32, 1))], "section 2 of the table"),
-        (&[(19, place(32, 129))], "section 3 of the table"),
-        (&[(20, place(32, 7))], "section 4 of the table"),
-        // Buckets of two words, a power of two of them.
-        (&[(21, place(32, 3))], "section 5 of the table"),
-        (&[(21, place(32, 6))], "section 5 of the table"),
-        (&[(22, place(32, 11))], "section 6 of the table"),
+        (&[(16, place(64, 0x4000))], "section 0 of the table"),
+        (&[(17, place(64, 127))], "section 1 of the table"),
+        (&[(18, place(64, 1))], "section 2 of the table"),
+        (&[(19, place(64, 129))], "section 3 of the table"),
+        (&[(20, place(64, 7))], "section 4 of the table"),
+        (&[(21, place(64, 8))], "section 5 of the table"),
+        (&[(22, place(64, 23))], "section 6 of the table"),
+        // Buckets of two words and of eight, a power of two of them.
+        (&[(23, place(64, 3))], "section 7 of the table"),
+        (&[(23, place(64, 6))], "section 7 of the table"),
+        (&[(24, place(64, 4))], "section 8 of the table"),
+        (&[(24, place(64, 24))], "section 8 of the table"),
+        (&[(25, place(64, 11))], "section 9 of the table"),
         // The root behind the shared bits must end on a byte, and chunks of 8 bits at bit 128.
-        (&[(9, 113)], "section 2 of the table"),
-        (&[(9, 120)], "section 2 of the table"),
-        (&[(9, 105)], "section 2 of the table"),
-        (&[(9, u64::MAX)], "section 2 of the table"),
+        (&[(7, 113)], "section 2 of the table"),
+        (&[(7, 120)], "section 2 of the table"),
+        (&[(7, 105)], "section 2 of the table"),
+        (&[(7, u64::MAX)], "section 2 of the table"),
     ];
     for (replacements, expected) in CASES {
         let damaged = replaced(&image(), replacements);
@@ -71,9 +75,9 @@ fn an_image_with_an_impossible_header_is_refused() {
     let length = format!("the table claims {end} words but {} are there", end - 1);
     let cut = words(&valid[..valid.len() - 1]);
     assert_eq!(Image::attach(&cut).unwrap_err().to_string(), length);
-    for count in [0, 1, 31] {
+    for count in [0, 1, 63] {
         let error = Image::attach(&words(&valid[..count])).unwrap_err();
-        let expected = format!("the table has {count} words, fewer than its header of 32");
+        let expected = format!("the table has {count} words, fewer than its header of 64");
         assert_eq!(error.to_string(), expected);
     }
 }
@@ -96,8 +100,8 @@ fn a_fib_region_with_an_impossible_header_is_refused() {
             &[(0, 7)],
             "wrong magic: starts with 0x0000000000000007, a region of this kind with 0x3142494653504952",
         ),
-        (&[(1, 2)], "layout version 2, this program uses version 1"),
-        (&[(1, u64::MAX)], "this program uses version 1"),
+        (&[(1, 1)], "layout version 1, this program uses version 2"),
+        (&[(1, u64::MAX)], "this program uses version 2"),
         (&[(2, 0)], "header claims 0 words, the region has 528"),
         (&[(2, 529)], "header claims 529 words, the region has 528"),
         // Numbers of slots and sizes of slots whose product would be right, too large, or overflow.
@@ -134,7 +138,7 @@ fn a_stats_region_with_an_impossible_header_is_refused() {
             &[(0, 0x3142_4946_5350_4952)],
             "starts with 0x3142494653504952, a region of this kind with 0x3141545353504952",
         ),
-        (&[(1, 0)], "layout version 0, this program uses version 1"),
+        (&[(1, 0)], "layout version 0, this program uses version 2"),
         (&[(2, 1)], "header claims 1 words, the region has 17024"),
     ];
     for (replacements, expected) in CASES {
@@ -168,7 +172,7 @@ fn what_cannot_be_built_or_published_is_refused() {
         fill(&mut builder, net);
         builder.build().unwrap_err().to_string()
     };
-    let cases: [(String, &str); 5] = [
+    let cases: [(String, &str); 9] = [
         (
             build(|builder, net| builder.route4(net, 33, Route::Local)),
             "prefix length 33 is longer than 32",
@@ -178,14 +182,38 @@ fn what_cannot_be_built_or_published_is_refused() {
             "address 0xaf40201 has bits set behind its prefix of 24",
         ),
         (
-            build(|builder, _| builder.route6(1, 129, Route::Local)),
+            build(|builder, _| builder.route6(core::net::Ipv6Addr::LOCALHOST, 129, Route::Local)),
             "prefix length 129 is longer than 128",
         ),
         (
             build(|builder, net| {
-                builder.route4(net, 32, Route::Via(ripstop_fib::AdjacencyId(1)));
+                builder.route4(net, 32, Route::Via(ripstop_fib::AdjacencyId(3)));
             }),
-            "a route names adjacency 1, which was not added",
+            "a route names adjacency 3, which was not added",
+        ),
+        (
+            build(|builder, net| {
+                builder.route4(net, 32, Route::Paths(ripstop_fib::PathsId(1)));
+            }),
+            "a route names the paths 1, which were not added",
+        ),
+        (
+            build(|builder, _| {
+                builder.paths(&[(4, ripstop_fib::AdjacencyId(0))]);
+            }),
+            "uplink 4 is one too many, the numbers are below 4",
+        ),
+        (
+            build(|builder, _| {
+                builder.paths(&[(0, ripstop_fib::AdjacencyId(0)); 13]);
+            }),
+            "13 paths through one uplink are more than 12",
+        ),
+        (
+            build(|builder, _| {
+                builder.paths(&[(0, ripstop_fib::AdjacencyId(9))]);
+            }),
+            "a route names adjacency 9, which was not added",
         ),
         (
             BuildError::Vni(1 << 24).to_string(),

@@ -211,7 +211,7 @@ fn a_file_that_is_no_region_is_refused() {
         ),
         (
             |file| file.write_all_at(&[9], 8).unwrap(),
-            "layout version 9, this program uses version 1",
+            "layout version 9, this program uses version 2",
         ),
         (
             |file| file.write_all_at(&[0; 8], 16).unwrap(),

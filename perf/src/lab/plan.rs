@@ -1,0 +1,199 @@
+//! What a lab's nodes are joined by: flannel's backend, the address families, the shape of the underlay.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::address::{self, Family};
+
+/// How a pod's packet gets to another node, by flannel's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Backend {
+    /// Ethernet in VXLAN in UDP, over the family of the pod.
+    Vxlan,
+    /// IPv4 in IPv4.
+    Ipip,
+    /// IPv4 in UDP.
+    Udp,
+    /// As it is, to the node as next hop.
+    HostGw,
+}
+
+impl Backend {
+    /// Its name in net-conf.json.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vxlan => "vxlan",
+            Self::Ipip => "ipip",
+            Self::Udp => "udp",
+            Self::HostGw => "host-gw",
+        }
+    }
+
+    /// Whether flannel has it for this family.
+    #[must_use]
+    pub fn has(self, family: Family) -> bool {
+        match self {
+            Self::Vxlan | Self::HostGw => true,
+            Self::Ipip | Self::Udp => family == Family::Ipv4,
+        }
+    }
+
+    /// What it adds to a pod's packet.
+    #[must_use]
+    pub fn overhead(self, family: Family) -> u16 {
+        match (self, family) {
+            (Self::Vxlan, Family::Ipv4) => address::VXLAN_OVERHEAD,
+            (Self::Vxlan, Family::Ipv6) => address::VXLAN_OVERHEAD6,
+            (Self::Ipip, _) => 20,
+            (Self::Udp, _) => 28,
+            (Self::HostGw, _) => 0,
+        }
+    }
+
+    /// The kernel's tunnel device for a family, where it has one.
+    #[must_use]
+    pub fn device(self, family: Family) -> Option<&'static str> {
+        match (self, family) {
+            (Self::Vxlan, Family::Ipv4) => Some("flannel.1"),
+            (Self::Vxlan, Family::Ipv6) => Some("flannel-v6.1"),
+            (Self::Ipip, Family::Ipv4) => Some("flannel.ipip"),
+            (Self::Udp, Family::Ipv4) => Some("flannel0"),
+            (Self::Ipip | Self::Udp, Family::Ipv6) | (Self::HostGw, _) => None,
+        }
+    }
+}
+
+/// The families that pods and underlay have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Families {
+    /// IPv4 alone.
+    Ipv4,
+    /// IPv6 alone.
+    Ipv6,
+    /// Both.
+    Dual,
+}
+
+impl Families {
+    /// Whether this one is among them.
+    #[must_use]
+    pub fn has(self, family: Family) -> bool {
+        match self {
+            Self::Ipv4 => family == Family::Ipv4,
+            Self::Ipv6 => family == Family::Ipv6,
+            Self::Dual => true,
+        }
+    }
+
+    /// They, one by one.
+    pub fn iter(self) -> impl Iterator<Item = Family> {
+        Family::ALL
+            .into_iter()
+            .filter(move |family| self.has(*family))
+    }
+}
+
+/// The plan of a lab's network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Plan {
+    pub(super) backend: Backend,
+    /// Peers on the same segment get packets without a tunnel (`DirectRouting`).
+    pub(super) direct: bool,
+    pub(super) families: Families,
+    pub(super) mtu: u16,
+    /// The segment of each node; beyond the end, segment 0. Segments are joined by the fabric as a router.
+    pub(super) segments: Vec<u8>,
+    /// Routers of each segment. A node's default route goes over all of them.
+    pub(super) routers: u8,
+    /// Uplinks of each node, 1 or 2. Its default route goes over all of them.
+    pub(super) uplinks: u8,
+}
+
+impl Plan {
+    pub(super) fn flat() -> Self {
+        Self {
+            backend: Backend::Vxlan,
+            direct: false,
+            families: Families::Ipv4,
+            mtu: 1500,
+            segments: Vec::new(),
+            routers: 1,
+            uplinks: 1,
+        }
+    }
+
+    /// The segment of a node's first uplink.
+    pub(super) fn segment(&self, node: u8) -> u8 {
+        let position = usize::from(node).wrapping_sub(1);
+        self.segments.get(position).copied().unwrap_or_default()
+    }
+
+    /// All segments, those of second uplinks included.
+    pub(super) fn all_segments(&self) -> Vec<u8> {
+        let mut segments = self.segments.clone();
+        segments.push(0);
+        segments.sort_unstable();
+        segments.dedup();
+        if self.uplinks > 1 {
+            segments.extend(
+                segments
+                    .clone()
+                    .iter()
+                    .map(|segment| address::SECOND_UPLINK + segment),
+            );
+        }
+        segments
+    }
+
+    /// The families that there is a pod network for.
+    pub(super) fn families(&self) -> impl Iterator<Item = Family> {
+        let backend = self.backend;
+        self.families
+            .iter()
+            .filter(move |family| backend.has(*family))
+    }
+
+    /// The longest packet that a pod of this family can send to another node.
+    pub(super) fn pod_mtu(&self, family: Family) -> u16 {
+        self.mtu - self.backend.overhead(family)
+    }
+
+    /// MTU of the pods' interfaces: both families share it, so that of the smaller.
+    pub(super) fn interface_mtu(&self) -> u16 {
+        let mtus = self.families().map(|family| self.pod_mtu(family));
+        mtus.min().unwrap_or(self.mtu)
+    }
+
+    /// Whether packets between two nodes go without a tunnel.
+    pub(super) fn is_direct(&self, one: u8, other: u8) -> bool {
+        self.backend == Backend::HostGw || (self.direct && self.segment(one) == self.segment(other))
+    }
+
+    /// The network interfaces of a node's uplinks.
+    pub(super) fn nics(&self) -> &'static [&'static str] {
+        if self.uplinks > 1 {
+            &["eth0", "eth1"]
+        } else {
+            &["eth0"]
+        }
+    }
+
+    /// What stands in net-conf.json.
+    pub(super) fn net_conf(&self) -> Value {
+        let mut conf = json!({ "Backend": { "Type": self.backend.name() } });
+        if self.direct {
+            conf["Backend"]["DirectRouting"] = true.into();
+        }
+        if self.families.has(Family::Ipv6) {
+            conf["EnableIPv6"] = true.into();
+            conf["IPv6Network"] = address::POD_NETWORK6.into();
+        }
+        if self.families.has(Family::Ipv4) {
+            conf["Network"] = address::POD_NETWORK.into();
+        } else {
+            conf["EnableIPv4"] = false.into();
+        }
+        conf
+    }
+}
