@@ -66,7 +66,7 @@ fn lease(number: usize) -> (Ipv4Addr, Ipv4Addr) {
     )
 }
 
-/// The same in IPv6: a /64 of fd00::/16 for each.
+/// The same in IPv6: a /64 of fd00::/48 for each.
 fn lease6(number: usize) -> (Ipv6Addr, Ipv6Addr) {
     let number = u128::try_from(number).unwrap();
     (
@@ -77,7 +77,7 @@ fn lease6(number: usize) -> (Ipv6Addr, Ipv6Addr) {
 
 /// Our own subnets.
 const SUBNET: Ipv4Addr = Ipv4Addr::new(192, 168, 0, 0);
-const SUBNET6: Ipv6Addr = Ipv6Addr::new(0xfdee, 0, 0, 1, 0, 0, 0, 0);
+const SUBNET6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0xea60, 0, 0, 0, 0);
 
 /// A table of so many leases, and our own beside them.
 fn table_words(leases: usize) -> Vec<Word> {

@@ -16,10 +16,16 @@ const SOURCE_PORTS: (u16, u32) = (32768, 28232);
 /// The flow of an IPv4 packet.
 #[inline]
 pub(crate) fn hash4(packet: &[u8], ip: &[u8; IPV4_LEN], seed: u64) -> u64 {
+    let plain = wire::be16(ip, 6) & FRAGMENT_MASK == 0 && ip[0] == 0x45;
+    hash4_plain(packet, ip, seed, plain)
+}
+
+/// The same for a packet of which is known whether it is `plain`: no fragment, no options.
+#[inline]
+pub(crate) fn hash4_plain(packet: &[u8], ip: &[u8; IPV4_LEN], seed: u64, plain: bool) -> u64 {
     let addresses = u64::from(wire::be32(ip, 12)) << 32 | u64::from(wire::be32(ip, 16));
-    let whole = wire::be16(ip, 6) & FRAGMENT_MASK == 0 && ip[0] == 0x45;
     let mixed = (addresses ^ seed).wrapping_mul(MULTIPLIER);
-    finish(mixed, transport(packet.get(IPV4_LEN..), ip[9], whole))
+    finish(mixed, transport(packet.get(IPV4_LEN..), ip[9], plain))
 }
 
 /// The flow of an IPv6 packet. The flow label is left out: it may change within a flow, and be the same in two.

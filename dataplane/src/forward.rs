@@ -100,8 +100,8 @@ fn warm_from_nic_otherwise(frame: &[u8], table: &Table<'_>) -> u64 {
 #[inline]
 pub fn warm_from_host(packet: &[u8], table: &Table<'_>) -> u64 {
     match packet.get(16..20) {
-        Some(destination) if packet[0] >> 4 == 4 => {
-            table.image.warm_route4(wire::be32(destination, 0))
+        Some(destination) if table.only_vxlan && packet[0] >> 4 == 4 => {
+            table.image.warm_vxlan4(wire::be32(destination, 0))
         }
         _ => warm_from_host_otherwise(packet, table),
     }
@@ -109,10 +109,15 @@ pub fn warm_from_host(packet: &[u8], table: &Table<'_>) -> u64 {
 
 #[inline(never)]
 fn warm_from_host_otherwise(packet: &[u8], table: &Table<'_>) -> u64 {
-    match packet.get(24..40) {
-        Some(destination) if packet[0] >> 4 == 6 => {
-            table.image.warm_route6(wire::be128(destination, 0))
-        }
+    match packet.first().map(|first| first >> 4) {
+        Some(4) => match packet.get(16..20) {
+            Some(destination) => table.image.warm_route4(wire::be32(destination, 0)),
+            None => 0,
+        },
+        Some(6) => match packet.get(24..40) {
+            Some(destination) => table.image.warm_route6(wire::be128(destination, 0)),
+            None => 0,
+        },
         _ => 0,
     }
 }
@@ -189,25 +194,20 @@ fn send4(
 ) -> Result<usize, DropReason> {
     let ip = header4(packet)?;
     fits(packet, &table.v4)?;
-    if inner::is_unusual4(ip) {
-        inner::refuse4(packet, ip)?;
-    }
-    let source = wire::be32(ip, 12);
     match table.image.lookup4(wire::be32(ip, 16)) {
-        Hop::Via(Encap::Vxlan4, id) if table.v4.is_local(source) => {
+        Hop::Via(Encap::Vxlan4, id)
+            if table.v4.is_local(wire::be32(ip, 12)) && !inner::is_unusual4(ip) =>
+        {
             let template = table.image.template(id).ok_or(DropReason::TableDamaged)?;
-            let hash = flow::hash4(packet, ip, table.flow_seed);
+            let hash = flow::hash4_plain(packet, ip, table.flow_seed, ip[0] == 0x45);
+            let id = identification;
             Ok(vxlan::encapsulate4(
-                &template,
-                packet,
-                ip,
-                table,
-                hash,
-                identification,
-                front,
+                &template, packet, ip, table, hash, id, front,
             ))
         }
-        hop => send4_otherwise(hop, packet, ip, front, table, identification),
+        hop @ (Hop::Via(..) | Hop::Paths(_) | Hop::None | Hop::Local | Hop::Unresolved) => {
+            send4_otherwise(hop, packet, ip, front, table, identification)
+        }
     }
 }
 
@@ -219,25 +219,45 @@ fn send4_otherwise(
     ip: &[u8; IPV4_LEN],
     front: &mut Front,
     table: &Table<'_>,
-    identification: u16,
+    id: u16,
 ) -> Result<usize, DropReason> {
+    if inner::is_unusual4(ip) {
+        inner::refuse4(packet, ip)?;
+    }
     let hash = || flow::hash4(packet, ip, table.flow_seed);
-    let (encap, id) = path(hop, hash, table)?;
+    let (encap, adjacency) = path(hop, hash, table)?;
     may_send(&table.v4, wire::be32(ip, 12), encap)?;
-    let short = || table.image.template(id).ok_or(DropReason::TableDamaged);
-    Ok(match encap {
-        Encap::Vxlan4 => {
-            vxlan::encapsulate4(&short()?, packet, ip, table, hash(), identification, front)
-        }
-        Encap::Vxlan4Tagged => {
-            let template = long(table, id)?;
-            vxlan::encapsulate4_tagged(template, packet, ip, table, hash(), identification, front)
-        }
-        Encap::Ipip => ipip::encapsulate(&short()?, packet, ip, table, identification, front),
-        Encap::Udp => udp::encapsulate(&short()?, packet, ip, table, identification, front),
-        Encap::Direct => direct::encapsulate(&short()?, front),
-        Encap::Vxlan6 => return Err(DropReason::TableDamaged),
-    })
+    if encap == Encap::Vxlan4Tagged {
+        let template = long(table, adjacency)?;
+        return Ok(vxlan::encapsulate4_tagged(
+            template,
+            packet,
+            ip,
+            table,
+            hash(),
+            id,
+            front,
+        ));
+    }
+    let template = &table
+        .image
+        .template(adjacency)
+        .ok_or(DropReason::TableDamaged)?;
+    match encap {
+        Encap::Ipip => Ok(ipip::encapsulate(template, packet, ip, table, id, front)),
+        Encap::Udp => Ok(udp::encapsulate(template, packet, ip, table, id, front)),
+        Encap::Direct => Ok(direct::encapsulate(template, front)),
+        Encap::Vxlan4 => Ok(vxlan::encapsulate4(
+            template,
+            packet,
+            ip,
+            table,
+            hash(),
+            id,
+            front,
+        )),
+        Encap::Vxlan4Tagged | Encap::Vxlan6 => Err(DropReason::TableDamaged),
+    }
 }
 
 #[inline(never)]
@@ -319,12 +339,21 @@ fn header4(packet: &[u8]) -> Result<&[u8; IPV4_LEN], DropReason> {
     let ip = packet
         .first_chunk::<IPV4_LEN>()
         .ok_or(DropReason::HostHeader)?;
-    let header_len = usize::from(ip[0] & 0x0f) * 4;
     let total_len = usize::from(wire::be16(ip, 2));
-    if header_len < IPV4_LEN || total_len < header_len || total_len != packet.len() {
-        return Err(DropReason::HostHeader);
+    // Nearly all headers have no options, and then the length cannot be shorter than the header.
+    let whole = total_len == packet.len() && (ip[0] == 0x45 || holds_options(ip));
+    if whole {
+        Ok(ip)
+    } else {
+        Err(DropReason::HostHeader)
     }
-    Ok(ip)
+}
+
+/// Whether an IPv4 packet is long enough for the header that it claims.
+#[cold]
+fn holds_options(ip: &[u8; IPV4_LEN]) -> bool {
+    let header_len = usize::from(ip[0] & 0x0f) * 4;
+    (IPV4_LEN..=usize::from(wire::be16(ip, 2))).contains(&header_len)
 }
 
 /// As [`header4`].

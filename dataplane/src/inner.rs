@@ -100,29 +100,31 @@ fn header4(packet: &[u8]) -> Result<(&[u8; IPV4_LEN], usize), DropReason> {
     let ip = packet
         .first_chunk::<IPV4_LEN>()
         .ok_or(DropReason::InnerTruncated)?;
-    let header_len = usize::from(ip[0] & 0x0f) * 4;
-    if ip[0] >> 4 != 4 || header_len < IPV4_LEN {
-        return Err(DropReason::InnerHeader);
-    }
     let total_len = usize::from(wire::be16(ip, 2));
-    if total_len < header_len || total_len > packet.len() {
+    if ip[0] != 0x45 {
+        options(packet, ip)?;
+    } else if total_len < IPV4_LEN || total_len > packet.len() {
         return Err(DropReason::InnerLength);
-    }
-    let sum = if header_len == IPV4_LEN {
-        wire::ipv4_sum(ip)
-    } else {
-        sum_with_options(packet, header_len)
-    };
-    if sum != 0xffff {
+    } else if wire::ipv4_sum(ip) != 0xffff {
         return Err(DropReason::InnerChecksum);
     }
     Ok((ip, total_len))
 }
 
-/// Options are rare, and summing any length is long code.
+/// The same checks for a header that is not plain: options, or nonsense.
 #[cold]
-fn sum_with_options(packet: &[u8], header_len: usize) -> u16 {
-    packet.get(..header_len).map_or(0, wire::sum)
+fn options(packet: &[u8], ip: &[u8; IPV4_LEN]) -> Result<(), DropReason> {
+    let header_len = usize::from(ip[0] & 0x0f) * 4;
+    if ip[0] >> 4 != 4 || header_len < IPV4_LEN {
+        return Err(DropReason::InnerHeader);
+    }
+    let total_len = usize::from(wire::be16(ip, 2));
+    let header = packet.get(..header_len);
+    match header.filter(|_| header_len <= total_len && total_len <= packet.len()) {
+        None => Err(DropReason::InnerLength),
+        Some(header) if wire::sum(header) != 0xffff => Err(DropReason::InnerChecksum),
+        Some(_) => Ok(()),
+    }
 }
 
 #[inline]
@@ -146,7 +148,9 @@ fn known(hop: Hop) -> Result<(), DropReason> {
 /// Whether an IPv4 packet needs [`refuse4`]'s look: nearly all are whole and not ICMP.
 #[inline]
 pub(crate) fn is_unusual4(ip: &[u8; IPV4_LEN]) -> bool {
-    ip[9] == PROTOCOL_ICMP || wire::be16(ip, 6) & FRAGMENT_MASK != 0
+    // Fragment field, TTL and protocol in one load.
+    let word = wire::be32(ip, 6);
+    word & u32::from(FRAGMENT_MASK) << 16 != 0 || word & 0xff == u32::from(PROTOCOL_ICMP)
 }
 
 /// Refuses redirects, and fragments that overwrite or hide a transport header or reach beyond the longest packet.

@@ -121,6 +121,12 @@ pub fn checksum_after(checksum: u16, old: u16, new: u16) -> u16 {
     !fold(u32::from(!checksum) + u32::from(!old) + u32::from(new))
 }
 
+/// Whether a protocol over IPv6 has the Internet checksum over segment and pseudo header; UDP may still go without.
+#[inline]
+pub fn has_transport_checksum(protocol: u8) -> bool {
+    matches!(protocol, PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_ICMPV6)
+}
+
 /// Ones' complement sum of an IPv6 packet, without a look at the payload where that is possible.
 ///
 /// A transport checksum makes the sum of transport segment and pseudo header all ones, which counts as zero; so the
@@ -131,13 +137,13 @@ pub fn checksum_after(checksum: u16, old: u16, new: u16) -> u16 {
 #[inline]
 pub fn ipv6_sum_by_transport(packet: &[u8], ip: &[u8; IPV6_LEN]) -> Option<u16> {
     let protocol = ip[6];
-    match protocol {
-        PROTOCOL_TCP | PROTOCOL_ICMPV6 => {}
-        PROTOCOL_UDP => match packet.get(IPV6_LEN + 6..IPV6_LEN + UDP_LEN) {
-            None | Some([0, 0]) => return None,
-            Some(_) => {}
-        },
-        _ => return None,
+    let no_checksum = protocol == PROTOCOL_UDP
+        && matches!(
+            packet.get(IPV6_LEN + 6..IPV6_LEN + UDP_LEN),
+            None | Some([0, 0])
+        );
+    if no_checksum || !has_transport_checksum(protocol) {
+        return None;
     }
     let header = u32::from(be16(ip, 0)) + u32::from(be16(ip, 2)) + u32::from(be16(ip, 6));
     Some(fold(header + u32::from(!u16::from(protocol))))

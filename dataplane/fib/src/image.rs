@@ -12,7 +12,7 @@ use crate::build::{
     PATHS_PER_UPLINK, PATHS_WORDS, SECTION_TABLE, SECTIONS, Section,
 };
 use crate::checksum::checksum_words;
-use crate::lpm::{self, AdjacencyId, CHUNK_WORDS, Encap, PathsId, ROOT_WORDS};
+use crate::lpm::{self, AdjacencyId, Base6, CHUNK_WORDS, Encap, PathsId, ROOT_WORDS};
 use crate::node::{Node, UPLINKS, whole};
 use crate::peers::{self, BUCKET4_WORDS, BUCKET6_WORDS, PeerCheck};
 use crate::sync::{Ordering, Word};
@@ -103,8 +103,7 @@ pub struct Image<'r> {
     peers4: &'r [Word],
     peers6: &'r [Word],
     leases: &'r [Word],
-    base6: u128,
-    base6_bits: u32,
+    base6: Base6,
 }
 
 impl<'r> Image<'r> {
@@ -180,8 +179,11 @@ impl<'r> Image<'r> {
             peers4,
             peers6,
             leases,
-            base6: whole([load(BASE6_WORD + 1), load(BASE6_WORD + 2)]),
-            base6_bits: base6_bits as u32,
+            base6: Base6 {
+                bits: base6_bits as u32,
+                mask: lpm::mask(base6_bits as u32),
+                addr: whole([load(BASE6_WORD + 1), load(BASE6_WORD + 2)]),
+            },
         })
     }
 
@@ -221,7 +223,7 @@ impl<'r> Image<'r> {
         if self.root6.is_empty() {
             return Hop::None;
         }
-        lpm::lookup6(self.base6, self.base6_bits, self.root6, self.chunks6, addr)
+        lpm::lookup6(&self.base6, self.root6, self.chunks6, addr)
     }
 
     /// The short template of an adjacency: the last 64 bytes before the inner packet as eight words, first byte lowest.
@@ -279,10 +281,15 @@ impl<'r> Image<'r> {
     /// nothing; it is there to be used, or the compiler would leave the loads out.
     #[inline]
     pub fn warm_route4(&self, addr: u32) -> u64 {
+        self.warm_hop(self.lookup4(addr))
+    }
+
+    /// The same where all routes lead to short templates: less code.
+    #[inline]
+    pub fn warm_vxlan4(&self, addr: u32) -> u64 {
         match self.lookup4(addr) {
-            // The commonest by itself, short enough to be part of the caller.
-            Hop::Via(Encap::Vxlan4, id) => first_word(self.templates, id.0 as usize * SHORT_WORDS),
-            hop => self.warm_hop(hop),
+            Hop::Via(_, id) => first_word(self.templates, id.0 as usize * SHORT_WORDS),
+            Hop::Paths(_) | Hop::None | Hop::Local | Hop::Unresolved => 0,
         }
     }
 
@@ -292,7 +299,7 @@ impl<'r> Image<'r> {
         self.warm_hop(self.lookup6(addr))
     }
 
-    #[inline(never)]
+    #[inline]
     fn warm_hop(&self, hop: Hop) -> u64 {
         match hop {
             Hop::Via(encap, id) if !encap.is_long() => {

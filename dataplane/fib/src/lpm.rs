@@ -279,23 +279,32 @@ pub(crate) fn lookup4(root: &[Word], chunks: &[Word], addr: u32) -> Hop {
     }
 }
 
+/// The bits that all IPv6 routes share, which are compared at once.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Base6 {
+    /// How many; at most 112.
+    pub(crate) bits: u32,
+    /// A mask of so many ones.
+    pub(crate) mask: u128,
+    /// What they are.
+    pub(crate) addr: u128,
+}
+
 /// Finds the leaf of an IPv6 address.
 #[inline]
-pub(crate) fn lookup6(
-    base: u128,
-    base_bits: u32,
-    root: &[Word],
-    chunks: &[Word],
-    addr: u128,
-) -> Hop {
-    if (addr ^ base) & mask(base_bits) != 0 {
+pub(crate) fn lookup6(base: &Base6, root: &[Word], chunks: &[Word], addr: u128) -> Hop {
+    if (addr ^ base.addr) & base.mask != 0 {
         return Hop::None;
     }
-    let mut consumed = base_bits + 16;
-    let mut found = entry(root, bits_at(addr, base_bits, 16));
+    // What is left of the address, left-aligned: each level takes its bits off the front.
+    let mut rest = addr << base.bits;
+    let mut found = entry(root, (rest >> 112) as usize);
+    rest <<= 16;
+    let mut consumed = base.bits + 16;
     while found & CHUNK_FLAG != 0 && consumed < 128 {
-        let index = (found & !CHUNK_FLAG) as usize * CHUNK_ENTRIES + bits_at(addr, consumed, 8);
+        let index = (found & !CHUNK_FLAG) as usize * CHUNK_ENTRIES + (rest >> 120) as usize;
         found = entry(chunks, index);
+        rest <<= 8;
         consumed += 8;
     }
     if found & CHUNK_FLAG != 0 {

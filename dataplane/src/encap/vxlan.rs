@@ -97,7 +97,7 @@ pub(crate) fn decapsulate6(
         .get(INNER..IPV6_LEN + payload_len)
         .ok_or(DropReason::OuterLength)?;
     let source = wire::be128(ip, 8);
-    let delivered = udp6_checksum(packet, ip, tunnel, inner)
+    let delivered = udp6_checksum(packet)
         .and_then(|()| ethernet(inner, &table.v6.vtep_mac, ETHERTYPE_IPV6))
         .and_then(|packet| {
             let sender = Sender::Tunnel(source, wire::traffic_class(ip));
@@ -182,35 +182,47 @@ fn blame(reason: DropReason, check: PeerCheck) -> DropReason {
 /// Verifies the UDP checksum over IPv6. First as if the inner transport checksum were right: if it is not, a packet that
 /// passes here is refused by the pod. Only if that does not add up, all bytes are summed.
 #[inline]
-fn udp6_checksum(
-    packet: &[u8],
-    ip: &[u8; IPV6_LEN],
-    tunnel: &[u8; UDP_LEN + VXLAN_LEN],
-    inner: &[u8],
-) -> Result<(), DropReason> {
-    if wire::be16(tunnel, 6) == 0 {
+fn udp6_checksum(packet: &[u8]) -> Result<(), DropReason> {
+    /// From the outer addresses to the inner hop limit: pseudo header, UDP, VXLAN, Ethernet, start of the inner header.
+    const SUMMED: core::ops::Range<usize> = 8..IPV6_LEN + MIDDLE_LEN + 8;
+    const INNER: usize = IPV6_LEN + MIDDLE_LEN;
+    let Some(head) = packet.first_chunk::<{ INNER + IPV6_LEN }>() else {
+        return udp6_checksum_of_all(packet);
+    };
+    if wire::be16(head, IPV6_LEN + 6) == 0 {
         return Err(DropReason::OuterUdpChecksum);
     }
-    let pseudo =
-        u32::from(wire::sum(&ip[8..])) + u32::from(PROTOCOL_UDP) + u32::from(wire::be16(ip, 4));
-    let quick = inner
-        .split_first_chunk::<ETHERNET_LEN>()
-        .and_then(|(ethernet, packet)| {
-            let ip = packet.first_chunk::<IPV6_LEN>()?;
-            // Bytes behind the inner packet are in the outer checksum and not in the inner one.
-            let whole = usize::from(wire::be16(ip, 4)) + IPV6_LEN == packet.len();
-            let sum = wire::ipv6_sum_by_transport(packet, ip).filter(|_| whole)?;
-            Some(u32::from(sum) + u32::from(wire::sum(ethernet)))
-        })
-        .map(|inner| wire::fold(pseudo + u32::from(wire::sum(tunnel)) + inner));
-    if quick == Some(0xffff) {
-        return Ok(());
+    let (outer_len, inner_len) = (wire::be16(head, 4), wire::be16(head, INNER + 4));
+    let protocol = head[INNER + 6];
+    let no_checksum = protocol == PROTOCOL_UDP
+        && packet.get(INNER + IPV6_LEN + 6..INNER + IPV6_LEN + 8) == Some(&[0, 0]);
+    // Bytes behind the inner packet are in the outer checksum and not in the inner one.
+    let whole = usize::from(inner_len) + IPV6_LEN + MIDDLE_LEN == usize::from(outer_len);
+    if !wire::has_transport_checksum(protocol) || no_checksum || !whole {
+        return udp6_checksum_of_all(packet);
     }
-    let end = IPV6_LEN + usize::from(wire::be16(ip, 4));
-    let whole = packet
-        .get(IPV6_LEN..end)
-        .map(|datagram| wire::fold(pseudo + u32::from(wire::sum(datagram))));
-    if whole == Some(0xffff) {
+    // See `wire::ipv6_sum_by_transport`: the inner length is not counted, the inner protocol is taken off.
+    let sum = u32::from(wire::sum(&head[SUMMED]))
+        + u32::from(PROTOCOL_UDP)
+        + u32::from(outer_len)
+        + u32::from(!inner_len)
+        + u32::from(!u16::from(protocol));
+    if wire::fold(sum) == 0xffff {
+        Ok(())
+    } else {
+        udp6_checksum_of_all(packet)
+    }
+}
+
+#[cold]
+fn udp6_checksum_of_all(packet: &[u8]) -> Result<(), DropReason> {
+    let payload_len = wire::be16(packet, 4);
+    let end = IPV6_LEN + usize::from(payload_len);
+    let given = wire::be16(packet, IPV6_LEN + 6) != 0;
+    let sum = packet.get(8..end).map(|summed| {
+        wire::fold(u32::from(wire::sum(summed)) + u32::from(PROTOCOL_UDP) + u32::from(payload_len))
+    });
+    if given && sum == Some(0xffff) {
         Ok(())
     } else {
         Err(DropReason::OuterUdpChecksum)
