@@ -97,6 +97,8 @@ fn carried_by_whom(lab: &Lab, node: &Node, before: Carried, cell: Cell) -> Resul
         PATIENCE,
         || {
             now = Carried::by(node).unwrap_or(before).since(before);
+            // To the kernel's devices several segments of TCP are one packet.
+            let least = if alive { least } else { least.min(1) };
             !countable || (0..2).all(|way| now.workers[way] + now.kernel[way] >= least)
         },
     );

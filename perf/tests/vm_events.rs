@@ -15,6 +15,8 @@ mod common;
 mod vm;
 
 use core::time::Duration;
+use std::sync::mpsc;
+use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use ripstop_fib::map::monotonic_ns;
@@ -173,8 +175,15 @@ fn an_unbound_driver_ends_the_process_and_a_bound_one_is_used_again() -> Result<
     under_traffic(|lab, device, traffic| {
         let node = lab.node(1);
         let driver = device.driver()?;
-        device.set_bound(&driver, false)?;
+        // Returns when nobody has the NIC any more, which is for the data plane to see to.
+        let (sender, free) = mpsc::channel();
+        thread::spawn({
+            let (device, driver) = (device.clone(), driver.clone());
+            move || sender.send(device.set_bound(&driver, false))
+        });
         ends_and_says_why(node)?;
+        free.recv_timeout(PATIENCE)
+            .context("the kernel still waits for somebody who holds the NIC")??;
         device.set_bound(&driver, true)?;
         vm::plug_in_near(lab, node, WORKERS)?;
         flows(traffic).context("through the kernel, without workers")?;

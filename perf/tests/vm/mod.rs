@@ -107,7 +107,7 @@ pub(crate) fn set_channels(node: &Node, queues: u16) -> Result<()> {
 }
 
 /// The near NIC on its bus: to be asked for while the NIC is in the guest's own namespace.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct BusDevice {
     path: PathBuf,
 }
