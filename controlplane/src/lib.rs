@@ -1,16 +1,15 @@
 //! The control plane of a Ripstop node.
 //!
-//! It turns leases into three things: the kernel's own VXLAN path, complete at all times (the standby); the
-//! forwarding table that the data plane's workers read; and the detour through `rip0` that traffic takes while
-//! workers are alive. It works level-triggered: desired state from sources, actual state from the kernel, act on
+//! It turns leases into three things: the kernel's own path, complete at all times (the standby); the forwarding
+//! table that the data plane's workers read; and the detour through `rip0` that traffic takes while workers are alive. It works level-triggered: desired state from sources, actual state from the kernel, act on
 //! the difference. Events only make it look sooner.
 //!
 //! ```text
-//!   lease/file ──┐                         ┌─► standby ─► flannel.1, neighbours, FDB, routes (kernel)
+//!   lease/file ──┐                         ┌─► standby ─► tunnel device, neighbours, FDB, routes (kernel)
 //!   netconf ─────┤                         ├─► rules ───► nftables peer filter
 //!   interface ───┼─► reconcile (main loop) ┤
 //!   nexthop ─────┤      ▲                  ├─► compile ─► publish ─► fib region ─► workers
-//!   netlink ─────┘      └── stats region   └─► detour ──► rip0 routes and rule, while workers are alive
+//!   netlink ─────┘      └── stats region   └─► detour ──► rip0 routes and rules, while workers are alive
 //! ```
 
 pub mod cleanup;

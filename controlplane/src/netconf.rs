@@ -291,6 +291,22 @@ impl NetConf {
             None if ipv6 => return Err(NetConfError::NoNetwork6),
             None => None,
         };
+        if let Some(vxlan) = backend.vxlan() {
+            // Names of interfaces end at 15 characters (IFNAMSIZ): "flannel." and "flannel-v6." leave this much.
+            let (name, max) = match ipv6 {
+                true => ("flannel-v6", 9_999),
+                false => ("flannel", 9_999_999),
+            };
+            if vxlan.vni > max {
+                return Err(NetConfError::Value {
+                    key: "Backend.VNI",
+                    problem: format!(
+                        "{}: the device {name}.{} would have a longer name than the kernel allows: use 1 to {max}",
+                        vxlan.vni, vxlan.vni
+                    ),
+                });
+            }
+        }
         if let (true, Backend::Ipip { .. } | Backend::Udp { .. }) = (ipv6, backend) {
             return Err(NetConfError::Ipv4Only {
                 backend: backend.name(),
@@ -881,6 +897,15 @@ mod tests {
             (
                 r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlann"}}"#.into(),
                 "unknown backend type: vxlann",
+            ),
+            (
+                r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":16777215}}"#.into(),
+                "use 1 to 9999999",
+            ),
+            (
+                r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"vxlan","VNI":10000}}"#
+                    .into(),
+                "flannel-v6.10000 would have a longer name",
             ),
             (
                 r#"{"Network":"10.244.0.0/16","Backend":{"Type":"udp","Port":70000}}"#.into(),

@@ -125,6 +125,8 @@ pub struct NextHops {
     /// The routing has changed since they were asked for.
     outdated: bool,
     neighbours: HashMap<Place, Neighbour>,
+    /// Interfaces that the ways lead out of.
+    links: Vec<u32>,
     poked: HashMap<Place, Instant>,
 }
 
@@ -165,6 +167,7 @@ impl NextHops {
             .places()
             .map(|(link, address)| (Family::of(address), link))
             .collect();
+        self.links = links.iter().map(|&(_, link)| link).collect();
         self.neighbours.clear();
         for (family, link) in links {
             let neighbours = netlink.neighbours(family, link)?;
@@ -289,8 +292,8 @@ impl NextHops {
     }
 
     /// The interfaces that the ways lead out of.
-    pub fn links(&self) -> HashSet<u32> {
-        self.places().map(|(link, _)| link).collect()
+    pub fn links(&self) -> &[u32] {
+        &self.links
     }
 
     /// Number of neighbours that serve all peers.

@@ -399,7 +399,7 @@ impl Reconciler {
         let underlay = self.underlay.as_ref().map(|underlay| underlay.index);
         let interests = Interests {
             tunnels: tunnels.filter(|&link| link != 0).collect(),
-            uplinks: self.hops.links().into_iter().chain(underlay).collect(),
+            uplinks: self.hops.links().iter().copied().chain(underlay).collect(),
             table: self.settings.table,
         };
         match self.monitor.drain(&interests) {
@@ -733,13 +733,14 @@ impl Reconciler {
     fn keep_standby(&mut self, leases: &LeaseSet, underlay: &Underlay) -> Result<(), StepError> {
         let start = self.standby_since.take().unwrap_or_else(Instant::now);
         let mut errors = Vec::new();
-        self.remove_former()?;
+        errors.extend(self.remove_former().err());
         if let Backend::Udp { port } = self.settings.conf.backend {
             let ensured = Fou::open().and_then(|mut fou| fou.ensure(port));
             errors.extend(ensured.err().map(StepError::Fou));
         }
         let mut remaining = 0;
         let mut refused = Vec::new();
+        let round = Instant::now();
         for family in Family::ALL {
             let conf = &self.settings.conf;
             let direct = |peer: &Lease| self.hops.direct(peer.public_ip);
@@ -750,8 +751,9 @@ impl Reconciler {
                 device: None,
                 peers: Vec::new(),
             });
-            let (link, outcome) =
-                standby::reconcile(&mut self.netlink, &desired, STANDBY_BUDGET / 2)?;
+            // What the first family leaves of the time; a slice is done in any case.
+            let budget = STANDBY_BUDGET.saturating_sub(round.elapsed());
+            let (link, outcome) = standby::reconcile(&mut self.netlink, &desired, budget)?;
             *self.standby_links.get_mut(family) = link.unwrap_or(0);
             if let (Some(device), Some(_)) = (&desired.device, link) {
                 standby::reconcile_sysctls(&device.name);
@@ -805,7 +807,11 @@ impl Reconciler {
             Backend::Alloc | Backend::HostGw | Backend::Vxlan(_) | Backend::Ipip { .. } => None,
         };
         if let Some(former) = self.former_fou.filter(|former| Some(*former) != port) {
-            Fou::open()?.remove(former)?;
+            match Fou::open().and_then(|mut fou| fou.remove(former)) {
+                // What the kernel does not have, it does not hold.
+                Ok(_) | Err(FouError::Missing) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         self.former_fou = None;
         Ok(())

@@ -423,7 +423,7 @@ pub fn device_ops(desired: &Device, link: Option<&Link>, addresses: &[Address]) 
 /// What the kernel holds for one family.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Actual {
-    /// Routes of the main table that are ours, or lie on the device.
+    /// Routes of the main table that are ours, and those on the device that may be flannel's.
     pub routes: Vec<Route>,
     /// Neighbours on the device.
     pub neighbours: Vec<Neighbour>,
@@ -447,11 +447,11 @@ impl Actual {
             ..Self::default()
         };
         if let Some(link) = device {
-            let on_device = netlink.routes(RouteFilter { link, ..main })?;
-            let others = on_device
-                .into_iter()
-                .filter(|route| route.protocol != PROTOCOL);
-            actual.routes.extend(others);
+            actual.routes.extend(netlink.routes(RouteFilter {
+                link,
+                protocol: PROTOCOL_BOOT,
+                ..main
+            })?);
             actual.neighbours = netlink.neighbours(family, link)?;
             actual.fdb = netlink.fdb(link)?;
         }
@@ -755,7 +755,11 @@ pub fn reconcile_peers(
         for failure in failures.extract_if(.., |failure| failure.refusal.errno == libc::EINVAL) {
             let bridged = match &slice[failure.index] {
                 PeerOp::SetRoute(route) => bridged(netlink, route)?,
-                _ => None,
+                PeerOp::SetNeighbour(..)
+                | PeerOp::SetFdb(..)
+                | PeerOp::DeleteRoute(_)
+                | PeerOp::DeleteNeighbour(_)
+                | PeerOp::DeleteFdb(_) => None,
             };
             match bridged {
                 Some(Ok(())) => {}
@@ -963,17 +967,17 @@ mod tests {
     }
 
     fn vxlan_of(link: &mut Link) -> &mut VxlanLink {
-        match &mut link.kind {
-            LinkKind::Vxlan(vxlan) => vxlan,
-            other => panic!("{other:?}"),
-        }
+        let LinkKind::Vxlan(vxlan) = &mut link.kind else {
+            panic!("{} is no VXLAN device", link.name)
+        };
+        vxlan
     }
 
     fn ipip_of(link: &mut Link) -> &mut IpipLink {
-        match &mut link.kind {
-            LinkKind::Ipip(ipip) => ipip,
-            other => panic!("{other:?}"),
-        }
+        let LinkKind::Ipip(ipip) = &mut link.kind else {
+            panic!("{} is no ipip device", link.name)
+        };
+        ipip
     }
 
     fn address(net: &str) -> Address {

@@ -8,13 +8,13 @@
 
 mod common;
 
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
 use std::collections::BTreeSet;
 use std::net::UdpSocket;
 use std::time::Instant;
 
-use common::{Namespace, conf, dual, eventually, ip, leases, leases_dual, netconf, underlay};
+use common::{Namespace, backend, conf, dual, eventually, leases, leases_dual, netconf, underlay};
 use ripstop_controlplane::family::Family;
 use ripstop_controlplane::netlink::Netlink;
 use ripstop_controlplane::rules::{self, Filter, FilterKeeper};
@@ -364,4 +364,240 @@ fn fifteen_thousand_peers_are_loaded_and_changed() {
             .command("nft", "list set ip ripstop peers")
             .contains(&format!("{} . ", removed.0))
     );
+}
+
+/// The ones' complement sum that UDP over IPv6 carries (RFC 8200 section 8.1).
+fn udp6_checksum(source: Ipv6Addr, destination: Ipv6Addr, udp: &[u8]) -> u16 {
+    let mut bytes = [source.octets(), destination.octets()].concat();
+    bytes.extend(u32::try_from(udp.len()).unwrap().to_be_bytes());
+    bytes.extend([0, 0, 0, 17]);
+    bytes.extend(udp);
+    checksum(&bytes)
+}
+
+/// A tunnel packet of VXLAN over IPv6, from a pod to the node.
+fn vxlan6(inner_source: &str, inner_destination: &str, ether_type: u16) -> Vec<u8> {
+    let mut bytes = vec![0x08, 0, 0, 0, 0, 0, 1, 0];
+    bytes.extend([2, 0x52, 0x53, 0, 6, 1, 2, 0x52, 0x53, 0, 6, 2]);
+    bytes.extend(ether_type.to_be_bytes());
+    let [source, destination] =
+        [inner_source, inner_destination].map(|text| text.parse::<Ipv6Addr>().unwrap());
+    let mut udp: Vec<u8> = [5555, PORT, 28, 0].map(u16::to_be_bytes).concat();
+    udp.extend([7; 20]);
+    let sum = udp6_checksum(source, destination, &udp);
+    udp[6..8].copy_from_slice(&sum.to_be_bytes());
+    bytes.extend([0x60, 0, 0, 0, 0, 28, 17, 63]);
+    bytes.extend(source.octets());
+    bytes.extend(destination.octets());
+    bytes.extend(udp);
+    bytes
+}
+
+#[test]
+fn only_peers_get_into_the_kernels_ipv6_tunnel() {
+    let (node, outside) = Namespace::node(1);
+    for n in [2, 3, 99] {
+        outside.ip(&format!("addr add fd00:199::{n}/64 dev peer0 nodad"));
+    }
+    let conf = conf(&dual(r#"{"Type":"vxlan"}"#));
+    let set = leases_dual(1, &[2, 3]);
+    let desired = Desired::new(Family::V6, &set, &conf, &underlay(&node, 1), |_| None).unwrap();
+    let receiver = node.enter(|| {
+        standby::reconcile(&mut Netlink::open().unwrap(), &desired, Duration::MAX).unwrap();
+        let receiver = UdpSocket::bind(("::", PORT)).unwrap();
+        receiver
+            .set_read_timeout(Some(Duration::from_millis(300)))
+            .unwrap();
+        receiver
+    });
+    let keeper = node.enter(|| FilterKeeper::start().unwrap());
+    keeper.set(Filter::new(&set, &conf));
+    eventually("both tables are loaded", || {
+        let loaded = |family: &str| {
+            let output = node.try_command("nft", &format!("list table {family} ripstop"));
+            String::from_utf8_lossy(&output.stdout).contains("iifname")
+        };
+        (loaded("ip") && loaded("ip6")).then_some(())
+    });
+    assert_eq!(keeper.problem(), None);
+    let send = |from: &str, payload: &[u8]| {
+        outside.enter(|| {
+            let socket = UdpSocket::bind((from, 0)).unwrap();
+            socket.send_to(payload, ("fd00:199::1", 8472)).unwrap();
+        });
+    };
+    let (peer, own) = ("fd00:199::2", "fd00:10:244:1::");
+    for inner in [
+        "fd00:10:244:2::5",
+        "fd00:10:244:2::",
+        "fd00:10:244:2:ffff:ffff:ffff:ffff",
+    ] {
+        send(peer, &vxlan6(inner, own, 0x86dd));
+        let received = receiver
+            .recv(&mut [0; 4096])
+            .unwrap_or_else(|error| panic!("{inner}: {error}"));
+        assert_eq!(received, 20);
+    }
+    let good = vxlan6("fd00:10:244:2::5", own, 0x86dd);
+    for (from, packet, counter) in [
+        ("fd00:199::99", good.clone(), "standby_unknown_peer"),
+        (
+            peer,
+            vxlan6("fd00:10:244:3::5", own, 0x86dd),
+            "standby_unknown_peer",
+        ),
+        (
+            peer,
+            vxlan6("fd00:199::2", own, 0x86dd),
+            "standby_unknown_peer",
+        ),
+        (
+            peer,
+            vxlan6("fd00:10:244:2::5", own, 0x0800),
+            "standby_inner_ether_type",
+        ),
+        (peer, good[..61].to_vec(), "standby_truncated"),
+        (
+            peer,
+            vxlan6("fd00:10:244:2::5", "fd00:199::1", 0x86dd),
+            "standby_not_local",
+        ),
+        (
+            peer,
+            vxlan6("fd00:10:244:2::5", "ff02::1", 0x86dd),
+            "standby_not_local",
+        ),
+    ] {
+        let before = count(&node, counter);
+        send(from, &packet);
+        eventually(&format!("counted as {counter}"), || {
+            (count(&node, counter) == before + 1).then_some(())
+        });
+        assert!(receiver.recv(&mut [0; 4096]).is_err(), "{counter}: got in");
+    }
+    // A family that is switched off takes its table along, and the other stays.
+    let four = common::netconf();
+    keeper.set(Filter::new(&leases(1, &[2]), &four));
+    eventually("the IPv6 table is gone", || {
+        let tables = node.command("nft", "list tables");
+        (!tables.contains("ip6 ripstop")).then_some(())
+    });
+    assert!(
+        node.command("nft", "list tables")
+            .contains("table ip ripstop")
+    );
+    // A backend without a tunnel has no filter at all.
+    keeper.set(Filter::new(
+        &leases(1, &[2]),
+        &common::conf(&backend(r#"{"Type":"host-gw"}"#)),
+    ));
+    eventually("no table is left", || {
+        (!node.command("nft", "list tables").contains("ripstop")).then_some(())
+    });
+}
+
+/// Where the kernel has no foo-over-UDP, an ordinary socket on the port shows what the filter lets through.
+#[test]
+fn only_peers_get_into_the_udp_tunnel() {
+    let (node, outside) = Namespace::node(1);
+    node.ip("addr add 10.199.0.50/24 dev eth0");
+    for n in [2, 3, 99] {
+        outside.ip(&format!("addr add 10.199.0.{n}/24 dev peer0"));
+    }
+    let receiver = node.enter(|| {
+        let receiver = UdpSocket::bind(("0.0.0.0", 8285)).unwrap();
+        receiver
+            .set_read_timeout(Some(Duration::from_millis(300)))
+            .unwrap();
+        receiver
+    });
+    let conf = conf(&backend(r#"{"Type":"udp"}"#));
+    let keeper = node.enter(|| FilterKeeper::start().unwrap());
+    keeper.set(Filter::new(&leases(1, &[2, 3]), &conf));
+    wait_for_elements(&node, 2);
+    eventually("the rules are in force", || {
+        let rules = node.command("nft", "list table ip ripstop");
+        rules.contains("iifname").then_some(())
+    });
+    let inner = |source: &str, version: u8, length: usize| {
+        let mut packet = vec![version << 4 | 5, 0, 0, 28, 0, 0, 0, 0, 63, 17, 0, 0];
+        for address in [source, "10.244.1.5"] {
+            packet.extend(address.parse::<Ipv4Addr>().unwrap().octets());
+        }
+        packet.extend([0; 8]);
+        packet.truncate(length);
+        packet
+    };
+    let send = |from: &str, to: &str, payload: &[u8]| {
+        outside.enter(|| {
+            let socket = UdpSocket::bind((from, 8285)).unwrap();
+            socket.send_to(payload, (to, 8285)).unwrap();
+        });
+    };
+    let (peer, own) = ("10.199.0.2", "10.199.0.1");
+    for (source, length) in [("10.244.2.5", 28), ("10.244.2.0", 20)] {
+        send(peer, own, &inner(source, 4, length));
+        assert_eq!(receiver.recv(&mut [0; 100]).unwrap(), length);
+    }
+    for (from, to, payload, counter) in [
+        (
+            "10.199.0.99",
+            own,
+            inner("10.244.2.5", 4, 28),
+            "standby_unknown_peer",
+        ),
+        (
+            peer,
+            own,
+            inner("10.244.3.5", 4, 28),
+            "standby_unknown_peer",
+        ),
+        (
+            peer,
+            own,
+            inner("10.199.0.2", 4, 28),
+            "standby_unknown_peer",
+        ),
+        (
+            peer,
+            "10.199.0.50",
+            inner("10.244.2.5", 4, 28),
+            "standby_outer_destination",
+        ),
+        (
+            peer,
+            own,
+            inner("10.244.2.5", 6, 28),
+            "standby_inner_ether_type",
+        ),
+        (peer, own, inner("10.244.2.5", 4, 19), "standby_truncated"),
+        (peer, own, Vec::new(), "standby_truncated"),
+    ] {
+        let before = count(&node, counter);
+        send(from, to, &payload);
+        eventually(&format!("{from} to {to} counted as {counter}"), || {
+            (count(&node, counter) == before + 1).then_some(())
+        });
+        assert!(receiver.recv(&mut [0; 100]).is_err(), "{counter}: got in");
+    }
+}
+
+/// The rules of IP in IP are ones that the kernel takes; its packets are looked at where there is such a device.
+#[test]
+fn the_ipip_filter_loads() {
+    let (node, _outside) = Namespace::node(1);
+    let conf = conf(&backend(r#"{"Type":"ipip"}"#));
+    let keeper = node.enter(|| FilterKeeper::start().unwrap());
+    keeper.set(Filter::new(&leases(1, &[2, 3]), &conf));
+    wait_for_elements(&node, 2);
+    eventually("the rules are in force", || {
+        let rules = node.command("nft", "list table ip ripstop");
+        let wanted = [
+            "daddr 10.199.0.1 jump tunnel",
+            "ip length < 40",
+            "@th,96,32 @peers return",
+        ];
+        wanted.iter().all(|part| rules.contains(part)).then_some(())
+    });
+    assert_eq!(keeper.problem(), None);
 }

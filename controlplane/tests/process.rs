@@ -1,227 +1,14 @@
 //! The control plane as a process, against a data plane that is played by the test. Needs root.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
 
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::Ordering;
 use core::time::Duration;
-use std::io::Read as _;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Instant;
 
-use common::{Namespace, Process, VXLAN, backend, dual, eventually, ip, lease, lease_file, lease6};
+use common::node::{CONTROLPLANE, FakeDataPlane, Node, wait_exit};
+use common::{VXLAN, backend, eventually, lease, lease_file};
 use ripstop_controlplane::lease::Lease;
-use ripstop_fib::map::{self, DATAPLANE_LOCK, ProcessLock, open_fib};
-use ripstop_fib::stats::{Gauge, Mode, Polling, Stats, WorkerCounters, WorkerIdentity};
-use ripstop_fib::{Image, LeaseRecord, Region};
-
-const CONTROLPLANE: &str = env!("CARGO_BIN_EXE_ripstop-controlplane");
-const CLI: &str = env!("CARGO_BIN_EXE_ripstop");
-
-/// A node with its files, and the control plane to run on it.
-struct Node {
-    namespace: Namespace,
-    outside: Namespace,
-    directory: tempfile::TempDir,
-    own: u8,
-}
-
-impl Node {
-    fn new(own: u8) -> Self {
-        let (namespace, outside) = Namespace::node(own);
-        let directory = tempfile::tempdir().unwrap();
-        std::fs::write(directory.path().join("net-conf.json"), VXLAN).unwrap();
-        // The other nodes are addresses of the veth's far end.
-        for n in [2, 3] {
-            outside.ip(&format!("addr add 10.199.0.{n}/24 dev peer0"));
-            outside.ip(&format!("addr add fd00:199::{n}/64 dev peer0 nodad"));
-        }
-        Self {
-            namespace,
-            outside,
-            directory,
-            own,
-        }
-    }
-
-    fn run_dir(&self) -> PathBuf {
-        self.directory.path().join("run")
-    }
-
-    fn write_leases(&self, leases: &[Lease]) {
-        self.write_lease_text(&lease_file(leases));
-    }
-
-    fn write_lease_text(&self, text: &str) {
-        let temporary = self.directory.path().join("leases.tmp");
-        std::fs::write(&temporary, text).unwrap();
-        std::fs::rename(temporary, self.directory.path().join("leases.json")).unwrap();
-    }
-
-    fn start(&self) -> Process {
-        let path = |name: &str| {
-            self.directory
-                .path()
-                .join(name)
-                .to_str()
-                .unwrap()
-                .to_owned()
-        };
-        let node_name = format!("n{}", self.own);
-        self.namespace.spawn(
-            CONTROLPLANE,
-            &[
-                "--net-config-path",
-                &path("net-conf.json"),
-                "--lease-file",
-                &path("leases.json"),
-                "--run-dir",
-                &path("run"),
-                "--node-name",
-                &node_name,
-            ],
-        )
-    }
-
-    fn cli(&self, arguments: &str) -> (String, i32) {
-        let run_dir = self.run_dir();
-        let output = self
-            .namespace
-            .try_command(CLI, &format!("--run-dir {} {arguments}", run_dir.display()));
-        let text = [output.stdout, output.stderr].concat();
-        (
-            String::from_utf8(text).unwrap(),
-            output.status.code().unwrap(),
-        )
-    }
-
-    fn fib(&self) -> Option<(u64, Vec<LeaseRecord>)> {
-        let mapping = open_fib(&self.run_dir()).ok()?;
-        let (generation, words) = Region::attach(mapping.words()).ok()?.snapshot()?;
-        Some((generation, Image::attach(&words).ok()?.leases().collect()))
-    }
-
-    fn wait_resolved(&self, names: &[&str]) -> u64 {
-        let what = format!("{names:?} resolved in the forwarding table");
-        eventually(&what, || {
-            let (generation, leases) = self.fib()?;
-            let resolved = leases.iter().filter(|lease| lease.resolved && !lease.local);
-            let mut found: Vec<_> = resolved.map(LeaseRecord::node_name).collect();
-            found.sort_unstable();
-            (found == names).then_some(generation)
-        })
-        .0
-    }
-
-    fn wait_ip(&self, arguments: &str, condition: impl Fn(&str) -> bool) -> Duration {
-        eventually(arguments, || {
-            condition(&self.namespace.ip(arguments)).then_some(())
-        })
-        .1
-    }
-
-    fn detour(&self) -> String {
-        let output = self.namespace.try_command("ip", "route show table 21097");
-        String::from_utf8(output.stdout).unwrap()
-    }
-}
-
-/// Plays the data plane: the lock, the stats region with one worker, `rip0`.
-struct FakeDataPlane {
-    _lock: ProcessLock,
-    stop: Arc<AtomicBool>,
-    stalled: Arc<AtomicBool>,
-    accept_until: Arc<AtomicU64>,
-    thread: Option<JoinHandle<()>>,
-    namespace: String,
-}
-
-impl FakeDataPlane {
-    fn start(node: &Node) -> Self {
-        let run_dir = node.run_dir();
-        let lock = ProcessLock::acquire(&run_dir, DATAPLANE_LOCK).unwrap();
-        node.namespace.ip("tuntap add rip0 mode tun");
-        node.namespace.ip("link set rip0 up");
-        let (stop, stalled) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicBool::new(false)),
-        );
-        let accept_until = Arc::new(AtomicU64::new(u64::MAX));
-        let thread = std::thread::spawn({
-            let (stop, stalled, accept_until) =
-                (stop.clone(), stalled.clone(), accept_until.clone());
-            move || work(&run_dir, &stop, &stalled, &accept_until)
-        });
-        Self {
-            _lock: lock,
-            stop,
-            stalled,
-            accept_until,
-            thread: Some(thread),
-            namespace: node.namespace.name.clone(),
-        }
-    }
-}
-
-fn work(run_dir: &Path, stop: &AtomicBool, stalled: &AtomicBool, accept_until: &AtomicU64) {
-    let mapping = map::create_stats(run_dir, std::process::id(), map::monotonic_ns()).unwrap();
-    let stats = Stats::attach(mapping.words()).unwrap();
-    let identity = WorkerIdentity {
-        nic: "eth0".to_owned(),
-        queue: 0,
-        cpu: 0,
-        mode: Mode::Copy,
-        polling: Polling::Adaptive,
-        frames: 64,
-        frame_size: 2048,
-        huge_pages: false,
-        numa_node: None,
-    };
-    stats.write_identity(0, &identity);
-    stats.announce(1, 0);
-    while !stop.load(Ordering::Relaxed) {
-        let generation = open_fib(run_dir)
-            .ok()
-            .and_then(|mapping| Some(Region::attach(mapping.words()).ok()?.snapshot()?.0))
-            .unwrap_or(0)
-            .min(accept_until.load(Ordering::Relaxed));
-        if !stalled.load(Ordering::Relaxed) {
-            let counters = WorkerCounters::default();
-            stats.write_worker(
-                0,
-                &counters,
-                &[0; Gauge::COUNT],
-                generation,
-                map::monotonic_ns(),
-            );
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-impl Drop for FakeDataPlane {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().unwrap();
-        let arguments = ["-n", &self.namespace, "link", "del", "rip0"];
-        let _ = std::process::Command::new("ip").args(arguments).status();
-    }
-}
-
-fn wait_exit(mut process: Process) -> (i32, String) {
-    let status = eventually("the process ends", || process.0.try_wait().unwrap()).0;
-    let mut errors = String::new();
-    process
-        .0
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut errors)
-        .unwrap();
-    (status.code().unwrap(), errors)
-}
 
 #[test]
 fn leases_reach_the_kernel_the_table_and_the_detour() {
@@ -570,19 +357,14 @@ fn bad_starts_say_why() {
     let node = Node::new(1);
     let process = node.namespace.spawn(CONTROLPLANE, &["--no-such-flag"]);
     assert_eq!(wait_exit(process).0, 2);
-    std::fs::write(
-        node.directory.path().join("net-conf.json"),
-        backend(r#"{"Type":"wireguard"}"#),
-    )
-    .unwrap();
+    node.write_conf(&backend(r#"{"Type":"wireguard"}"#));
     let (code, log) = wait_exit(node.start());
     assert_eq!(code, 1);
     assert!(
         log.contains("net-conf.json") && log.contains("\"wireguard\" is not implemented"),
         "{log}"
     );
-    let conf = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
-    std::fs::write(node.directory.path().join("net-conf.json"), conf).unwrap();
+    node.write_conf(VXLAN);
     // No lease file: it waits, and goes on when there is one.
     let process = node.start();
     eventually("the problem is reported", || {
@@ -763,7 +545,7 @@ fn the_operator_sees_and_cleans_up() {
 fn fifteen_thousand_leases_take_effect() {
     let node = Node::new(1);
     let conf = r#"{"Network":"10.0.0.0/9","Backend":{"Type":"vxlan"}}"#;
-    std::fs::write(node.directory.path().join("net-conf.json"), conf).unwrap();
+    node.write_conf(conf);
     node.outside.ip("addr add 10.199.0.254/24 dev peer0");
     node.namespace
         .ip("route add 172.16.0.0/16 via 10.199.0.254");

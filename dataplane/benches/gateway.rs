@@ -196,19 +196,24 @@ fn tunnel_frames(leases: usize, active: usize, len: usize, count: usize) -> Vec<
         .collect()
 }
 
+thread_local! {
+    /// Places for the headers of a burst, as in the packets' frames.
+    static FRONTS: core::cell::RefCell<[[u8; HEADER_MAX]; BURST]> =
+        const { core::cell::RefCell::new([[0; HEADER_MAX]; BURST]) };
+}
+
 /// A burst as the worker handles it: everything that will be looked up is touched first.
 fn encapsulate_all<P: AsRef<[u8]>>(packets: &[P], table: &Table<'_>) {
     let warm = |all, packet: &P| all ^ forward::warm_from_host(packet.as_ref(), table);
     black_box(packets.iter().fold(0, warm));
-    // A place for each packet's header, as in its frame.
-    let mut fronts = [[0; HEADER_MAX]; BURST];
-    for ((packet, front), identification) in packets.iter().zip(&mut fronts).zip(0u16..) {
-        match forward::from_host(packet.as_ref(), front, table, identification) {
-            FromHost::Send { push } => drop(black_box(push)),
-            FromHost::Drop(reason) => panic!("a good packet was dropped: {}", reason.name()),
+    FRONTS.with_borrow_mut(|fronts| {
+        for ((packet, front), identification) in packets.iter().zip(fronts).zip(0u16..) {
+            match forward::from_host(packet.as_ref(), front, table, identification) {
+                FromHost::Send { push } => drop(black_box(push)),
+                FromHost::Drop(reason) => panic!("a good packet was dropped: {}", reason.name()),
+            }
         }
-    }
-    black_box(&fronts);
+    });
 }
 
 fn decapsulate_all<P: AsRef<[u8]>>(frames: &[P], table: &Table<'_>) {

@@ -112,6 +112,15 @@ struct {
 	__array(values, struct match_map);
 } configuration SEC(".maps");
 
+/*
+ * Has the compiler load again what it loaded before. Without it clang keeps so
+ * many words of two addresses at hand that it puts some on the stack, 32 bits
+ * at a time and several in one place, and Linux 6.1 takes the second for an
+ * attack on the first, from a process without CAP_PERFMON
+ * (kernel/bpf/verifier.c, check_stack_write_fixed_off).
+ */
+#define forget_loads() asm volatile("" ::: "memory")
+
 /* A frame as the functions below pass it on; nothing of it outlives the inlining. */
 struct frame {
 	struct xdp_md *context;
@@ -345,9 +354,13 @@ static __always_inline enum ripstop_outcome
 classify_direct6(struct frame *frame, const struct ripstop_match *match, struct ipv6hdr *ip,
 		 __u32 offset)
 {
-	if (!match->v6.direct || !within(&ip->daddr, match->v6.subnet, match->v6.subnet_mask) ||
-	    !within(&ip->saddr, match->v6.network, match->v6.network_mask) ||
-	    within(&ip->saddr, match->v6.subnet, match->v6.subnet_mask))
+	if (!match->v6.direct || !within(&ip->daddr, match->v6.subnet, match->v6.subnet_mask))
+		return RIPSTOP_PASSED_OTHER;
+	forget_loads();
+	if (!within(&ip->saddr, match->v6.network, match->v6.network_mask))
+		return RIPSTOP_PASSED_OTHER;
+	forget_loads();
+	if (within(&ip->saddr, match->v6.subnet, match->v6.subnet_mask))
 		return RIPSTOP_PASSED_OTHER;
 	if (ip->nexthdr == IPV6_FRAGMENT)
 		return RIPSTOP_FRAGMENT;

@@ -247,7 +247,7 @@ fn send4_otherwise(
         Encap::Ipip => Ok(ipip::encapsulate(template, packet, ip, table, id, front)),
         Encap::Udp => Ok(udp::encapsulate(template, packet, ip, table, id, front)),
         Encap::Direct => Ok(direct::encapsulate(template, front)),
-        Encap::Vxlan4 => Ok(vxlan::encapsulate4(
+        Encap::Vxlan4 => Ok(vxlan::encapsulate4_otherwise(
             template,
             packet,
             ip,

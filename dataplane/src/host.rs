@@ -201,6 +201,8 @@ pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> 
         let node = facts.node_of(&nic.nic);
         running.push(start(index, config, nic, node, door, regions, &stop)?);
     }
+    // Ahead of the announcement: who counts a NIC sees its name.
+    publish_statistics(regions.stats, &nics, &running)?;
     regions.stats.announce(workers.len(), nics.len());
     tracing::info!(
         workers = running.len(),

@@ -82,7 +82,7 @@ pub fn fold(sum: u32) -> u16 {
 }
 
 /// Ones' complement sum of an IPv4 header without options; all ones when its checksum is right (RFC 1071).
-#[inline]
+#[inline(always)]
 pub fn ipv4_sum(header: &[u8; IPV4_LEN]) -> u16 {
     let mut sum = 0;
     let mut at = 0;

@@ -50,8 +50,10 @@ enum Gate {
     Worker(DropReason),
     /// The XDP program leaves it to the kernel, which has no use for it.
     Kernel,
+    /// Nobody: there is no tunnel, and the kernel routes it as every router does, and as flannel's.
+    Routed,
 }
-use Gate::{Kernel, Worker};
+use Gate::{Kernel, Routed, Worker};
 
 /// Where it comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -486,8 +488,13 @@ fn inner_lies(attacks: &mut Attacks<'_>, direct: bool) {
             attacks.workers_only();
         }
     };
-    // Without a tunnel what is odd about the IP header goes to the kernel.
-    let odd = |reason| if direct { Kernel } else { Worker(reason) };
+    // Without a tunnel what is odd about the IP header goes to the kernel; fragments and extension headers, too, and
+    // these it routes.
+    let odd = |reason| match (direct, reason) {
+        (false, reason) => Worker(reason),
+        (true, InnerLength) => Kernel,
+        (true, _) => Routed,
+    };
     match family {
         Family::Ipv4 => {
             // Without a tunnel that is the packet's own header, which the XDP program does not sum up.
@@ -829,7 +836,10 @@ fn attack_workers(lab: &Lab, target: Target) -> Result<(Vec<String>, Vec<String>
     let (mut lines, mut faults) = (Vec::new(), Vec::new());
     let before = settled(lab, victim)?.0;
     let mut expected: BTreeMap<&str, u64> = BTreeMap::new();
-    for attack in attacks(lab, target) {
+    let (attacks, routed): (Vec<_>, Vec<_>) = attacks(lab, target)
+        .into_iter()
+        .partition(|attack| attack.gate != Routed);
+    for attack in attacks {
         guns.fire(&attack)?;
         let Worker(reason) = attack.gate else {
             let line = "left to the kernel, which has no use for it";
@@ -855,7 +865,14 @@ fn attack_workers(lab: &Lab, target: Target) -> Result<(Vec<String>, Vec<String>
     if let Err(error) = watch.finish() {
         faults.push(format!("{error:#}"));
     }
-    // Nothing was counted twice, or later.
+    for attack in routed {
+        guns.fire(&attack)?;
+        lines.push(format!(
+            "| {} | left to the kernel, which routes it |",
+            attack.name
+        ));
+    }
+    // Nothing was counted twice, or later, or by the workers at all.
     let last = settled(lab, victim)?.0;
     let found = dropped_since(&last, &before);
     if found != expected {

@@ -201,7 +201,7 @@ pub fn parse(bytes: &[u8], own_node: &str, conf: &NetConf) -> Result<LeaseSet, L
             }
             leases.extend(lease.map(|lease| (index + 1, lease)));
         }
-        if !leases.last().is_some_and(|(entry, _)| *entry == index + 1) {
+        if leases.last().is_none_or(|(entry, _)| *entry != index + 1) {
             return Err(wrong(
                 "has no subnet: give \"publicIP\" and \"subnet\", or \"publicIPv6\" and \"ipv6Subnet\"".to_owned(),
             ));

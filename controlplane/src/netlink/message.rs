@@ -1283,3 +1283,191 @@ pub fn delete_rule(rule: &Rule) -> Request {
         flags: 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use netlink_packet_core::Emitable as _;
+
+    /// The payload of a request, as the kernel reads it.
+    fn payload(request: &Request) -> Vec<u8> {
+        let mut bytes = vec![0; request.message.buffer_len()];
+        request.message.emit(&mut bytes);
+        bytes
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn devices_are_read_as_they_are_made() {
+        let vxlan6 = VxlanLink {
+            vni: 7,
+            link: 2,
+            local: Some(ip("fd00:199::1")),
+            port: 8472,
+            tos: 0xb8,
+            gbp: true,
+            ..VxlanLink::default()
+        };
+        let mac = Mac([2, 0x52, 0x53, 0, 6, 1]);
+        let made = payload(&create_vxlan("flannel-v6.7", &vxlan6, 1430, Some(mac)));
+        let link = Link::parse(&made).unwrap();
+        assert_eq!(
+            (link.name.as_str(), link.mtu, link.mac),
+            ("flannel-v6.7", 1430, Some(mac))
+        );
+        assert_eq!(link.kind, LinkKind::Vxlan(vxlan6));
+        let local = Some(Ipv4Addr::new(10, 199, 0, 1));
+        for fou_port in [0, 8285] {
+            let ipip = IpipLink {
+                local,
+                ttl: 64,
+                tos: 1,
+                path_mtu_discovery: true,
+                fou_port,
+                ..IpipLink::default()
+            };
+            let made = payload(&create_ipip("flannel0", &ipip, 1472));
+            let link = Link::parse(&made).unwrap();
+            assert_eq!(
+                (link.name.as_str(), link.mtu, link.mac),
+                ("flannel0", 1472, None)
+            );
+            assert_eq!(link.kind, LinkKind::Ipip(ipip));
+        }
+    }
+
+    #[test]
+    fn routes_and_rules_are_read_as_they_are_made() {
+        let v6 = Route {
+            link: 5,
+            source: Some(ip("fd00:10:244:1::")),
+            mtu: Some(1430),
+            ..Route::to("fd00:10:244:2::/64".parse().unwrap(), 21097, 82)
+        };
+        let v4 = Route {
+            link: 2,
+            gateway: Some(ip("10.199.0.2")),
+            onlink: true,
+            ..Route::to("10.244.2.0/24".parse().unwrap(), 254, 82)
+        };
+        for route in [v4, v6] {
+            assert_eq!(Route::parse(&payload(&replace_route(&route))), Some(route));
+        }
+        let rule = Rule {
+            family: Family::V6,
+            priority: 32_000,
+            table: 21097,
+            protocol: 82,
+            source: Some("fd00:10:244:1::/64".parse().unwrap()),
+            mark: (0, 0xffff),
+            plain: true,
+        };
+        assert_eq!(Rule::parse(&payload(&add_rule(&rule))), Some(rule.clone()));
+        let all = Rule {
+            family: Family::V4,
+            source: None,
+            mark: (0, 0),
+            ..rule
+        };
+        assert_eq!(Rule::parse(&payload(&add_rule(&all))), Some(all));
+    }
+
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let mut bytes = u16::try_from(4 + value.len())
+            .unwrap()
+            .to_ne_bytes()
+            .to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    /// A next hop of `RTA_MULTIPATH`.
+    fn next_hop(flags: u8, weight: u8, link: u32, gateway: &[u8]) -> Vec<u8> {
+        let gateway = attribute(RTA_GATEWAY, gateway);
+        let length = u16::try_from(8 + gateway.len()).unwrap();
+        let mut bytes = length.to_ne_bytes().to_vec();
+        bytes.extend([flags, weight - 1]);
+        bytes.extend(link.to_ne_bytes());
+        bytes.extend(gateway);
+        bytes
+    }
+
+    #[test]
+    fn all_live_next_hops_of_an_answer_are_read() {
+        let answer = |family: u8, attributes: &[u8]| {
+            let mut bytes = vec![family, 16, 0, 0, 254, 3, 0, 1, 0, 0, 0, 0];
+            bytes.extend(attributes);
+            RouteAnswer::parse(&bytes).unwrap().hops
+        };
+        let hop = |link, gateway: &str, weight| Hop {
+            link,
+            gateway: Some(ip(gateway)),
+            weight,
+        };
+        let (a, b) = ([10, 199, 0, 254], [10, 198, 0, 254]);
+        let both = [next_hop(0, 2, 2, &a), next_hop(0, 1, 3, &b)].concat();
+        assert_eq!(
+            answer(2, &attribute(RTA_MULTIPATH, &both)),
+            [hop(2, "10.199.0.254", 2), hop(3, "10.198.0.254", 1)]
+        );
+        // RTNH_F_DEAD and RTNH_F_LINKDOWN.
+        let one = [
+            next_hop(1, 2, 2, &a),
+            next_hop(0, 1, 3, &b),
+            next_hop(16, 1, 4, &a),
+        ]
+        .concat();
+        assert_eq!(
+            answer(2, &attribute(RTA_MULTIPATH, &one)),
+            [hop(3, "10.198.0.254", 1)]
+        );
+        // Where all are without carrier, the kernel has nothing better, either.
+        let none = next_hop(16, 1, 2, &a);
+        assert_eq!(answer(2, &attribute(RTA_MULTIPATH, &none)).len(), 1);
+        let single = [
+            attribute(RTA_OIF, &7u32.to_ne_bytes()),
+            attribute(
+                RTA_GATEWAY,
+                &"fd00:199::fe".parse::<Ipv6Addr>().unwrap().octets(),
+            ),
+        ]
+        .concat();
+        assert_eq!(answer(10, &single), [hop(7, "fd00:199::fe", 1)]);
+        let on_link = attribute(RTA_OIF, &7u32.to_ne_bytes());
+        assert_eq!(answer(2, &on_link)[0].gateway, None);
+        // Cut off anywhere, nothing panics.
+        let whole = attribute(RTA_MULTIPATH, &both);
+        for end in 0..whole.len() {
+            answer(2, &whole[..end]);
+        }
+    }
+
+    #[test]
+    fn vlans_and_bonds_are_recognised() {
+        let info = |kind: &[u8], settings: &[u8]| {
+            let kind = attribute(IFLA_INFO_KIND, kind);
+            let data = attribute(IFLA_INFO_DATA, settings);
+            LinkKind::parse(&[kind, data].concat()).unwrap()
+        };
+        let vlan = attribute(IFLA_VLAN_ID, &100u16.to_ne_bytes());
+        assert_eq!(info(b"vlan\0", &vlan), LinkKind::Vlan(100));
+        let bond = [
+            attribute(IFLA_BOND_MODE, &[1]),
+            attribute(IFLA_BOND_ACTIVE_SLAVE, &4u32.to_ne_bytes()),
+        ]
+        .concat();
+        let active_backup = BondLink {
+            active_backup: true,
+            active: 4,
+        };
+        assert_eq!(info(b"bond\0", &bond), LinkKind::Bond(active_backup));
+        let lacp = attribute(IFLA_BOND_MODE, &[4]);
+        assert_eq!(info(b"bond\0", &lacp), LinkKind::Bond(BondLink::default()));
+        assert_eq!(info(b"vlanx\0", &vlan), LinkKind::Other);
+    }
+}

@@ -17,6 +17,8 @@ use ripstop_controlplane::lease::{Lease, LeaseSet};
 use ripstop_controlplane::mac::Mac;
 use ripstop_controlplane::netconf::NetConf;
 
+pub(crate) mod node;
+
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
 /// A network namespace, removed with everything in it on drop.
@@ -155,8 +157,8 @@ pub(crate) fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>
             return (value, start.elapsed());
         }
         assert!(
-            start.elapsed() < Duration::from_secs(30),
-            "after 30 s still not: {what}"
+            start.elapsed() < Duration::from_secs(60),
+            "after 60 s still not: {what}"
         );
         std::thread::sleep(Duration::from_millis(10));
     }

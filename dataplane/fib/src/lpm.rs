@@ -125,8 +125,11 @@ impl Hop {
     pub(crate) fn from_leaf(leaf: u32) -> Self {
         let index = leaf & INDEX_MASK;
         let via = |encap| Self::Via(encap, AdjacencyId(index));
+        // The commonest by itself, or it would pay for the jump table of the others.
+        if leaf >> KIND_SHIFT == KIND_VXLAN4 {
+            return via(Encap::Vxlan4);
+        }
         match leaf >> KIND_SHIFT {
-            KIND_VXLAN4 => via(Encap::Vxlan4),
             KIND_VXLAN4_TAGGED => via(Encap::Vxlan4Tagged),
             KIND_VXLAN6 => via(Encap::Vxlan6),
             KIND_IPIP => via(Encap::Ipip),

@@ -229,8 +229,22 @@ fn udp6_checksum_of_all(packet: &[u8]) -> Result<(), DropReason> {
     }
 }
 
+/// [`encapsulate4`] for all but the commonest way, whose code is by itself.
+#[inline(never)]
+pub(crate) fn encapsulate4_otherwise(
+    template: &[u64; 8],
+    packet: &[u8],
+    ip: &[u8; IPV4_LEN],
+    table: &Table<'_>,
+    hash: u64,
+    identification: u16,
+    front: &mut Front,
+) -> usize {
+    encapsulate4(template, packet, ip, table, hash, identification, front)
+}
+
 /// Fills a header template in for one IPv4 packet and puts it before it.
-#[inline]
+#[inline(always)]
 pub(crate) fn encapsulate4(
     template: &[u64; 8],
     packet: &[u8],
@@ -260,7 +274,7 @@ pub(crate) fn encapsulate4_tagged(
 ) -> usize {
     store(&template, front);
     if let Some(last) = template.last_chunk::<8>() {
-        encapsulate4(last, packet, ip, table, hash, identification, front);
+        encapsulate4_otherwise(last, packet, ip, table, hash, identification, front);
     }
     push
 }
@@ -271,7 +285,7 @@ pub(crate) fn encapsulate4_tagged(
 ///      … │ 45 TOS     │ length │ id │ …   │ sum │ source …   │ … │ sport │ … │ len  │ sum │ VXLAN …
 ///          word 1       word 2              word 3             word 4                 word 5
 /// ```
-#[inline]
+#[inline(always)]
 fn filled4(
     template: &[u64; 8],
     packet: &[u8],
