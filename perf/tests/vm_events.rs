@@ -172,9 +172,14 @@ fn a_link_that_comes_back_is_used_again() -> Result<()> {
 
 #[test]
 fn an_unbound_driver_ends_the_process_and_a_bound_one_is_used_again() -> Result<()> {
+    let driver = BusDevice::of_near()?.driver()?;
+    if driver.ends_with("virtio_net") {
+        return vm::not_run(
+            "unbound under traffic, virtio_net waits for ever for two references to the NIC, also after the data plane has ended (6.12, 7.3)",
+        );
+    }
     under_traffic(|lab, device, traffic| {
         let node = lab.node(1);
-        let driver = device.driver()?;
         // Returns when nobody has the NIC any more, which is for the data plane to see to.
         let (sender, free) = mpsc::channel();
         thread::spawn({

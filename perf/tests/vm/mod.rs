@@ -77,6 +77,8 @@ pub(crate) fn plug_in_near(lab: &Lab, node: &Node, queues: u16) -> Result<()> {
     }
     let mac = address::underlay_mac(index);
     for line in [
+        // As everywhere in the lab: the sender sums. The emulated igb does not sum what is in a tunnel.
+        "ethtool -K eth0 tx off".to_owned(),
         format!("ip link set eth0 address {mac}"),
         format!("ip link set eth0 mtu {mtu} up"),
         format!("ip addr add {}/24 dev eth0", address::underlay(index)),
