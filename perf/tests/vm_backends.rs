@@ -170,6 +170,8 @@ fn ipip_is_the_kernels_ipip() -> Result<()> {
 /// flannel's own end of this backend is a process, for which the lab has a thread; the other two change between workers and FOU.
 #[test]
 fn udp_is_the_kernels_fou() -> Result<()> {
+    // Nothing in the kernel asks for this module by itself: it is for the node's administrator to load.
+    vm::run(&["modprobe", "-a", "fou", "ipip"])?;
     while_a_data_plane_dies(Lab::builder().backend(Backend::Udp))
 }
 
