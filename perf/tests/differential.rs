@@ -14,16 +14,18 @@
     reason = "a test asserts; what only has to work goes through `?`"
 )]
 
+mod compare;
 mod generate;
 
-use core::time::Duration;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
+use compare::{
+    ECN, HERE, THERE, decapsulated, encapsulated, identity, packets, seed, send, tos_of, with_tos,
+};
 use generate::Random;
-use ripstop_dataplane::forward;
 use ripstop_dataplane::table::Table;
-use ripstop_dataplane::verdict::{DropReason, FromHost, FromNic, HEADER_MAX};
+use ripstop_dataplane::verdict::DropReason;
 use ripstop_fib::{
     Adjacency, Backend, Dscp, Ethernet as Uplink, ImageBuilder, Local, NICS, NicRecord, Node,
     Route, sync,
@@ -33,16 +35,7 @@ use ripstop_perf::{
     Injector, Ipv4, Ipv6, Lab, Ping, Udp, UdpChecksum, Vxlan, address, wire_faults,
 };
 
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Packets of each family and direction.
-const PACKETS: usize = 4000;
-/// So many at once: what the queues on the way hold.
-const BURST: usize = 100;
-/// The node whose kernel and whose table are compared, and the other one.
-const HERE: u8 = 1;
-const THERE: u8 = 2;
 const IFINDEX: u32 = 7;
-const ECN: u8 = 0b11;
 
 /// A lab of two plain nodes whose kernels do nothing with packets that came through the tunnel.
 fn with_lab(test: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
@@ -154,97 +147,6 @@ fn headers(family: Family) -> usize {
         Family::Ipv4 => 64,
         Family::Ipv6 => 84,
     }
-}
-
-/// The frame that `forward` makes around a packet.
-fn encapsulated(packet: &[u8], table: &Table<'_>) -> core::result::Result<Vec<u8>, DropReason> {
-    let mut front = [0; HEADER_MAX];
-    match forward::from_host(packet, &mut front, table, 0x1d1d) {
-        FromHost::Send { push } => Ok([&front[HEADER_MAX - push..], packet].concat()),
-        FromHost::Drop(reason) => Err(reason),
-    }
-}
-
-/// The packet that `forward` takes out of a frame, as the worker hands it on.
-fn decapsulated(frame: &[u8], table: &Table<'_>) -> core::result::Result<Vec<u8>, DropReason> {
-    match forward::from_nic(frame, table) {
-        FromNic::Deliver { strip, len, tos } => {
-            let packet = frame[strip..strip + len].to_vec();
-            Ok(match tos {
-                Some(tos) => with_tos(packet, tos),
-                None => packet,
-            })
-        }
-        FromNic::Drop(reason) => Err(reason),
-    }
-}
-
-/// The packet with another type of service or traffic class, and the checksum that belongs to it.
-fn with_tos(mut packet: Vec<u8>, tos: u8) -> Vec<u8> {
-    if packet[0] >> 4 == 6 {
-        packet[0] = 0x60 | tos >> 4;
-        packet[1] = packet[1] & 0x0f | tos << 4;
-        return packet;
-    }
-    packet[1] = tos;
-    packet[10..12].fill(0);
-    let header = usize::from(packet[0] & 0x0f) * 4;
-    let mut sum: u32 = packet[..header]
-        .chunks(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
-        .sum();
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    let checksum = !u16::try_from(sum).unwrap_or_default();
-    packet[10..12].copy_from_slice(&checksum.to_be_bytes());
-    packet
-}
-
-fn tos_of(packet: &[u8]) -> u8 {
-    if packet[0] >> 4 == 6 {
-        packet[0] << 4 | packet[1] >> 4
-    } else {
-        packet[1]
-    }
-}
-
-/// What a packet is known by, whatever happened to its congestion field.
-fn identity(packet: &[u8]) -> Vec<u8> {
-    with_tos(packet.to_vec(), tos_of(packet) & !ECN)
-}
-
-/// Different packets, no two of which are the same but for congestion.
-fn packets(random: &mut Random, family: Family, from: u8, to: u8, mtu: u16) -> Vec<Vec<u8>> {
-    let mut seen = BTreeSet::new();
-    let mut packets = Vec::new();
-    while packets.len() < PACKETS {
-        let packet = generate::packet(random, family, from, to, mtu);
-        if seen.insert(identity(&packet)) {
-            packets.push(packet);
-        }
-    }
-    packets
-}
-
-/// Sends frames in bursts, each when all that the one before leads to has been captured.
-fn send(into: &Injector, frames: &[Vec<u8>], arrive: &[bool], capture: &Capture) -> Result<()> {
-    let mut due = 0;
-    for (frames, arrive) in frames.chunks(BURST).zip(arrive.chunks(BURST)) {
-        frames.iter().try_for_each(|frame| into.send(frame))?;
-        due += arrive.iter().filter(|arrives| **arrives).count();
-        capture.wait_for(due, PATIENCE)?;
-    }
-    Ok(())
-}
-
-#[expect(clippy::print_stdout, reason = "a failed test is repeated with this")]
-fn seed(what: &str) -> Result<u64> {
-    let seed = match std::env::var("RIPSTOP_SEED") {
-        Ok(text) => text.parse().context("RIPSTOP_SEED is a number")?,
-        Err(_) => 0x0052_6970_7374_6f70,
-    };
-    println!("{what}: RIPSTOP_SEED={seed}, {PACKETS} packets");
-    Ok(seed)
 }
 
 /// The outer fields that flannel leaves open.

@@ -19,8 +19,8 @@ use crate::counters::LinkCounters;
 /// Number of the routing table that leads to the workers, as text for `ip`.
 pub const DETOUR_TABLE: &str = "21097";
 
-/// How long Ripstop gets to come up: it takes a fraction of a second where the cores are free.
-const START: Duration = Duration::from_secs(15);
+/// How long Ripstop gets to come up: it takes a fraction of a second where the cores are free, and many in an emulator.
+const START: Duration = Duration::from_secs(60);
 
 /// What a configuration file need not say: entries of a ring, packets of a burst.
 const RING: u64 = 2048;

@@ -9,7 +9,7 @@ use ripstop_perf::{
 };
 
 /// How long a wait may take on a machine that has much else to do.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How much longer than the MTU the pods' links are where packets shall be too long for the tunnel.
 const EXCESS: u16 = 200;
 /// UDP port to which nobody listens, and which draws no answer: the receiver has a filter in front.

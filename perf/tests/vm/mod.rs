@@ -2,8 +2,9 @@
 
 use core::time::Duration;
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,7 +12,7 @@ use ripstop_fib::stats::{Counter, XdpCounter};
 use ripstop_perf::{
     Fabric, Host, KernelCounters, Lab, LinkCounters, Node, Ping, Workers, address, wait_until,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::common::{
     by_xdp, check_conservation, check_no_damage, kernel_counters, quiet, refused_since, xdp,
@@ -55,48 +56,138 @@ pub(crate) fn note(file: &str, text: &str) -> Result<()> {
 ///   fabric br0 ── n1 = far NIC ══ the emulator's wire ══ near NIC = eth0 of node n1
 /// ```
 pub(crate) fn plug_in(lab: &Lab, node: &Node, queues: u16) -> Result<()> {
-    let (near, far) = (nic(NEAR)?, nic(FAR)?);
     let port = Fabric::port(node.index());
     lab.fabric().output(&["ip", "link", "del", &port])?;
-    for (nic, host, name) in [
-        (&near, node as &dyn Host, "eth0"),
-        (&far, lab.fabric() as &dyn Host, port.as_str()),
-    ] {
-        let (link, namespace) = (["ip", "link", "set", nic], host.netns().name());
-        run(&[&link[..], &["down"]].concat())?;
-        run(&[&link[..], &["netns", namespace, "name", name]].concat())?;
-    }
-    let mtu = lab.mtu().to_string();
-    let set = |host: &dyn Host, words: &str| {
-        let argv: Vec<&str> = words.split(' ').collect();
-        host.output(&argv).map(drop)
-    };
-    set(
+    rename(&nic(FAR)?, lab.fabric(), &port)?;
+    let mtu = lab.mtu();
+    command(
         lab.fabric(),
         &format!("ip link set {port} mtu {mtu} master br0 up"),
     )?;
-    let index = node.index();
-    let channels = format!("ethtool -L eth0 combined {queues}");
+    plug_in_near(lab, node, queues)
+}
+
+/// The node's end alone: of a NIC that has been away.
+pub(crate) fn plug_in_near(lab: &Lab, node: &Node, queues: u16) -> Result<()> {
+    rename(&nic(NEAR)?, node, "eth0")?;
+    let (index, mtu) = (node.index(), lab.mtu());
     // A driver that already has so many refuses to be told.
     if channel_count(node)? != u64::from(queues) {
-        set(node, &channels)?;
+        set_channels(node, queues)?;
     }
-    set(
-        node,
-        &format!("ip link set eth0 address {}", address::underlay_mac(index)),
-    )?;
-    set(node, &format!("ip link set eth0 mtu {mtu} up"))?;
-    set(
-        node,
-        &format!("ip addr add {}/24 dev eth0", address::underlay(index)),
-    )?;
-    // The old device took its routes along.
-    set(
-        node,
-        &format!("ip route replace default via {}", address::FABRIC),
-    )?;
+    let mac = address::underlay_mac(index);
+    for line in [
+        // As everywhere in the lab: the sender sums. The emulated igb does not sum what is in a tunnel.
+        "ethtool -K eth0 tx off".to_owned(),
+        format!("ip link set eth0 address {mac}"),
+        format!("ip link set eth0 mtu {mtu} up"),
+        format!("ip addr add {}/24 dev eth0", address::underlay(index)),
+        // The device before it took its routes along.
+        format!("ip route replace default via {}", address::FABRIC),
+    ] {
+        command(node, &line)?;
+    }
     reaches_the_switch(node)
 }
+
+/// Moves a NIC of the guest into a namespace of the lab.
+fn rename(nic: &str, host: &dyn Host, name: &str) -> Result<()> {
+    let namespace = host.netns().name();
+    run(&["ip", "link", "set", nic, "down"])?;
+    run(&["ip", "link", "set", nic, "netns", namespace, "name", name]).map(drop)
+}
+
+/// Runs a command line in a namespace.
+pub(crate) fn command(host: &dyn Host, line: &str) -> Result<()> {
+    let argv: Vec<&str> = line.split(' ').collect();
+    host.output(&argv).map(drop)
+}
+
+/// Gives the node's NIC another number of queues.
+pub(crate) fn set_channels(node: &Node, queues: u16) -> Result<()> {
+    command(node, &format!("ethtool -L eth0 combined {queues}"))
+}
+
+/// The near NIC on its bus: to be asked for while the NIC is in the guest's own namespace.
+#[derive(Debug, Clone)]
+pub(crate) struct BusDevice {
+    path: PathBuf,
+}
+
+impl BusDevice {
+    pub(crate) fn of_near() -> Result<Self> {
+        let path = Path::new("/sys/class/net").join(nic(NEAR)?).join("device");
+        let path = fs::canonicalize(&path).with_context(|| format!("{}", path.display()))?;
+        Ok(Self { path })
+    }
+
+    /// Its driver as a folder, which it has while it is bound.
+    pub(crate) fn driver(&self) -> Result<PathBuf> {
+        let link = self.path.join("driver");
+        fs::canonicalize(&link).with_context(|| format!("{}", link.display()))
+    }
+
+    /// Takes a driver off the device, or gives it one.
+    pub(crate) fn set_bound(&self, driver: &Path, bound: bool) -> Result<()> {
+        let file = driver.join(if bound { "bind" } else { "unbind" });
+        let name = self.path.file_name().context("a device has a name")?;
+        let name = name.to_string_lossy();
+        fs::write(&file, name.as_bytes()).with_context(|| format!("{name} > {}", file.display()))
+    }
+
+    /// Its NUMA node, where the guest has several. A virtio device has it from the PCI device that it is on.
+    pub(crate) fn numa_node(&self) -> Result<Option<u16>> {
+        if !Path::new("/sys/devices/system/node/node1").exists() {
+            return Ok(None);
+        }
+        let mut files = self.path.ancestors().map(|path| path.join("numa_node"));
+        let file = files.find(|file| file.exists()).context("no numa_node")?;
+        let text = fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
+        Ok(Some(text.trim().parse().with_context(|| text.clone())?))
+    }
+}
+
+/// The emulator's monitor, which speaks QMP: a JSON object a line.
+#[derive(Debug)]
+pub(crate) struct Monitor {
+    port: BufReader<File>,
+}
+
+impl Monitor {
+    pub(crate) fn open() -> Result<Self> {
+        let port = File::options().read(true).write(true).open("/dev/monitor");
+        let mut monitor = Self {
+            port: BufReader::new(port.context("/dev/monitor: is this a guest?")?),
+        };
+        // The first of the guest's programs that speaks to it has to begin so, and the others may not.
+        drop(monitor.execute("qmp_capabilities", &json!({})));
+        Ok(monitor)
+    }
+
+    /// Runs one command, and waits for its end.
+    pub(crate) fn execute(&mut self, command: &str, arguments: &Value) -> Result<()> {
+        let id = format!("{command} {arguments}");
+        let request = json!({ "execute": command, "arguments": arguments, "id": id });
+        writeln!(self.port.get_mut(), "{request}").context("write to the monitor")?;
+        loop {
+            let mut line = String::new();
+            let bytes = self
+                .port
+                .read_line(&mut line)
+                .context("the monitor's answer")?;
+            ensure!(bytes > 0, "the monitor has gone");
+            let answer: Value = serde_json::from_str(&line).unwrap_or_default();
+            // The rest are events.
+            if answer["id"] == id.as_str() {
+                ensure!(answer["error"].is_null(), "{id}: {}", answer["error"]);
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// What `perf/vm/run --wire` calls the near NIC for the monitor.
+pub(crate) const NEAR_DEVICE: &str = "near";
 
 /// Waits until a packet really comes back: a carrier is reported up before it carries.
 pub(crate) fn reaches_the_switch(node: &Node) -> Result<()> {
