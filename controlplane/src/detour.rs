@@ -263,24 +263,17 @@ pub fn apply(netlink: &mut Netlink, ops: &[Op]) -> Result<Vec<String>, NetlinkEr
         .collect())
 }
 
-/// Sets the MTU of `rip0`, has it up with the node's own addresses in its leases, and lets packets in from peers that are
-/// not routed there.
+/// Has `rip0` up with the node's own addresses in its leases, and lets packets in from peers that are not routed there.
+/// Its MTU is the data plane's to set, which knows when its workers have taken a new one up.
 ///
 /// The addresses are those of the tunnel devices; having them here as well, the node's own packets keep their source
 /// whatever happens to those, and where the kernel has no such device at all.
 pub fn prepare_device(
     netlink: &mut Netlink,
     link: &Link,
-    mtu: u32,
     wanted: &[IpAddr],
 ) -> Result<Vec<String>, NetlinkError> {
     let mut requests = Vec::new();
-    if link.mtu != mtu {
-        requests.push((
-            format!("set MTU of {DEVICE} to {mtu}"),
-            message::set_mtu(link.index, mtu),
-        ));
-    }
     if !link.up {
         requests.push((format!("set {DEVICE} up"), message::set_up(link.index)));
     }

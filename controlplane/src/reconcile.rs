@@ -904,7 +904,7 @@ impl Reconciler {
                 true => own.map(Lease::vtep_ip).collect(),
                 false => Vec::new(),
             };
-            refused = detour::prepare_device(&mut self.netlink, device, mtu, &addresses)?;
+            refused = detour::prepare_device(&mut self.netlink, device, &addresses)?;
         }
         let (mut active, mut subnets) = (false, 0);
         for family in Family::ALL {
