@@ -345,7 +345,8 @@ fn outer_headers(attacks: &mut Attacks<'_>) {
     });
     let mut tagged = named(attacks.lab.tunnel_frame(PEER, VICTIM), "outer VLAN tag").encode();
     tagged.splice(12..12, [0x81, 0x00, 0x00, 0x05]);
-    attacks.frames("outer VLAN tag", NotOurs, None, vec![tagged]);
+    let other_vlan = Xdp(XdpCounter::OtherVlan);
+    attacks.frames("outer VLAN tag", other_vlan, None, vec![tagged]);
     for (name, version_ihl) in [
         ("version 6", 0x65),
         ("header of 16 bytes", 0x44),
