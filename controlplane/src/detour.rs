@@ -7,10 +7,13 @@
 //!
 //! ```text
 //!   all peers in the tunnel     32000: from all          lookup 21097   all peers
-//!   all peers direct            32000: from <own subnet> lookup 21097   all peers
-//!   some direct                 32000: from <own subnet> lookup 21097   all peers
+//!   all peers direct            32000: from <network>    lookup 21097   all peers
+//!   some direct                 32000: from <network>    lookup 21097   all peers
 //!                               32001: from all          lookup 21098   those in the tunnel
 //! ```
+//!
+//! From the whole pod network, and not only from our own subnet: so a pod that pretends to be another node's comes to
+//! the workers, who refuse it.
 //!
 //! To a direct peer the node's own packets have the underlay's address as their source, as with flannel, so they stay
 //! on the plain route; into the tunnel they have the first address of the lease.
@@ -54,6 +57,8 @@ pub struct Desired {
     pub direct: Direct,
     /// Packets with a firewall mark in its low half take the standby.
     pub policies: bool,
+    /// The network that all subnets come from.
+    pub network: IpNet,
     /// Our own subnet; its first address is the source of the node's own packets in the tunnel.
     pub own_subnet: IpNet,
     /// Largest packet, where that is less than the device's.
@@ -78,7 +83,7 @@ impl Desired {
             mark: if self.policies { POLICY_MARK } else { (0, 0) },
             plain: true,
         };
-        let from_pods = rule(RULE_PRIORITY, self.table, Some(self.own_subnet));
+        let from_pods = rule(RULE_PRIORITY, self.table, Some(self.network));
         match self.direct {
             Direct::None => vec![rule(RULE_PRIORITY, self.table, None)],
             Direct::All => vec![from_pods],
@@ -314,6 +319,10 @@ mod tests {
         format!("10.244.{n}.0/24").parse().unwrap()
     }
 
+    fn network() -> IpNet {
+        "10.244.0.0/16".parse().unwrap()
+    }
+
     fn desired(link: Option<u32>, subnets: &[u8], active: bool) -> Desired {
         Desired {
             family: Family::V4,
@@ -321,6 +330,7 @@ mod tests {
             table: TABLE,
             direct: Direct::None,
             policies: false,
+            network: network(),
             own_subnet: subnet(1),
             mtu: None,
             tunnelled: subnets.iter().map(|&n| subnet(n)).collect(),
@@ -404,7 +414,7 @@ mod tests {
             desired.rules().into_iter().map(fields).collect::<Vec<_>>()
         };
         let all = (0, 0);
-        let pods = (RULE_PRIORITY, TABLE, Some(subnet(1)), all);
+        let pods = (RULE_PRIORITY, TABLE, Some(network()), all);
         assert_eq!(
             rules(Direct::None, false),
             [(RULE_PRIORITY, TABLE, None, all)]

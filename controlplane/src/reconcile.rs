@@ -959,7 +959,10 @@ impl Reconciler {
             table: self.settings.table,
             direct: conf.backend.direct(),
             policies: conf.backend.vxlan().is_some_and(|vxlan| vxlan.gbp),
-            // Of a family that is off there is nothing, so this is not looked at.
+            // Of a family that is off there is nothing, so these are not looked at.
+            network: conf
+                .network(family)
+                .unwrap_or(IpNet::V4(Ipv4Net::default())),
             own_subnet: own.map_or(IpNet::V4(Ipv4Net::default()), |own| own.subnet),
             mtu: Some(conf.pod_mtu(family, underlay.mtu)).filter(|&mtu| mtu < device_mtu),
             tunnelled: subnets(tunnelled),

@@ -215,7 +215,7 @@ fn direct_routing_follows_the_kernels_routing() {
     wait(
         &node,
         "ip rule",
-        "32000:\tfrom 10.244.1.0/24 lookup 21097 proto 82",
+        "32000:\tfrom 10.244.0.0/16 lookup 21097 proto 82",
     );
     wait(&node, "ip rule", "32001:\tfrom all lookup 21098 proto 82");
     // Pods' packets go to the workers, the node's own to a direct peer stay on the plain route.
@@ -307,12 +307,12 @@ fn host_gw_leaves_the_nodes_own_packets_alone() {
     wait(
         &node,
         "ip rule",
-        "32000:\tfrom 10.244.1.0/24 lookup 21097 proto 82",
+        "32000:\tfrom 10.244.0.0/16 lookup 21097 proto 82",
     );
     wait(
         &node,
         "ip -6 rule",
-        "32000:\tfrom fd00:10:244:1::/64 lookup 21097 proto 82",
+        "32000:\tfrom fd00:10:244::/48 lookup 21097 proto 82",
     );
     for to in ["10.244.2.7", "fd00:10:244:2::7"] {
         let route = from_pod(&node, to);

@@ -499,7 +499,10 @@ fn a_control_plane_refuses_and_waits() -> Result<()> {
             (
                 "unknown backend",
                 "{ \"Network\": \"10.244.0.0/16\", \"Backend\": { \"Type\": \"pigeon\" } }",
-                &["unknown backend type: pigeon", "\"vxlan\""],
+                &[
+                    "unknown backend type: pigeon",
+                    "vxlan, ipip, udp, host-gw, alloc",
+                ],
             ),
             (
                 "a backend to come",

@@ -678,29 +678,26 @@ fn other_tunnels(attacks: &mut Attacks<'_>) {
 /// Classes 4 and 6, from inside: a pod that pretends to be another pod, or a node, or a router.
 fn from_a_pod(attacks: &mut Attacks<'_>) {
     use DropReason::{IcmpRedirect, NeighbourDiscovery, SourceNotLocal};
-    for (name, four, six) in [
-        (
-            "another node's pod",
-            address::pod(OTHER, 0),
-            address::pod6(OTHER, 0),
-        ),
-        (
-            "a pod of the receiver",
-            address::pod(PEER, 9),
-            address::pod6(PEER, 9),
-        ),
-        ("a pod of nobody", address::pod(99, 0), address::pod6(99, 0)),
-        (
-            "another node",
-            address::underlay(OTHER),
-            address::underlay6(OTHER),
-        ),
+    // To a direct peer the node routes what is from nobody's pod, such as its own packets, without its workers.
+    let outside = if attacks.target.takes_direct() {
+        Routed
+    } else {
+        Worker(SourceNotLocal)
+    };
+    let refused = Worker(SourceNotLocal);
+    let (other, receiver) = (address::pod(OTHER, 0), address::pod(PEER, 9));
+    let (other6, receiver6) = (address::pod6(OTHER, 0), address::pod6(PEER, 9));
+    let (nobody, node) = (address::pod(99, 0), address::underlay(OTHER));
+    let (nobody6, node6) = (address::pod6(99, 0), address::underlay6(OTHER));
+    for (name, gate, four, six) in [
+        ("another node's pod", refused, other, other6),
+        ("a pod of the receiver", refused, receiver, receiver6),
+        ("a pod of nobody", refused, nobody, nobody6),
+        ("another node", outside, node, node6),
     ] {
-        attacks.pod(
-            &format!("in the name of {name}"),
-            Worker(SourceNotLocal),
-            |frame| spoof(frame, four, six),
-        );
+        attacks.pod(&format!("in the name of {name}"), gate, |frame| {
+            spoof(frame, four, six);
+        });
         attacks.workers_only();
     }
     match attacks.target.family {
@@ -897,10 +894,9 @@ fn run(target: Target) -> Result<()> {
         lab.node(VICTIM).kill_dataplane();
         let guns = Guns::new(lab)?;
         let watch = Watch::start(lab)?;
-        for attack in attacks(lab, target)
-            .iter()
-            .filter(|attack| !attack.workers_only)
-        {
+        let attacks = attacks(lab, target);
+        let for_kernel = |attack: &&Attack| !attack.workers_only && attack.gate != Routed;
+        for attack in attacks.iter().filter(for_kernel) {
             guns.fire(attack)?;
         }
         if let Err(error) = watch.finish() {

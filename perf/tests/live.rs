@@ -32,8 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const RATE: u64 = 1000;
 /// A packet that is not there after so long without any straggler is lost.
 const QUIET: Duration = Duration::from_millis(400);
-/// What may be lost with a worker's queue of rip0 at these rates.
-const GONE_MAX: u64 = 20;
+/// What a worker's queue of rip0 holds, and loses when the worker gives the queue up: mostly nothing, but on busy cores
+/// what has come in while it waited for one.
+const GONE_MAX: u64 = 2048;
 /// How long traffic runs on after a change.
 const AFTERWARDS: Duration = Duration::from_millis(1500);
 
