@@ -115,14 +115,12 @@ pub fn sum(bytes: &[u8]) -> u16 {
     u16::from_be_bytes(folded.to_ne_bytes())
 }
 
-/// [`sum`] of a few bytes, whose number is known when this is compiled.
+/// [`sum`] of a few bytes, whose number is known when this is compiled and a multiple of eight.
 #[inline]
 pub fn short_sum<const N: usize>(bytes: &[u8; N]) -> u16 {
-    let (words, rest) = bytes.as_chunks::<8>();
-    let mut last = [0; 8];
-    last[..rest.len()].copy_from_slice(rest);
-    let mut sum = u64::from_ne_bytes(last);
-    for word in words {
+    const { assert!(N.is_multiple_of(8), "whole words alone are summed") };
+    let mut sum = 0u64;
+    for word in bytes.as_chunks::<8>().0 {
         // The carry goes round: one's complement arithmetic, whatever the width.
         let (wrapped, carry) = sum.overflowing_add(u64::from_ne_bytes(*word));
         sum = wrapped + u64::from(carry);

@@ -136,7 +136,7 @@ enum Seen {
 }
 
 /// Looks up an outer source and checks the inner source against its leases.
-#[inline]
+#[inline(always)]
 #[expect(
     clippy::cast_possible_truncation,
     reason = "buckets keep two 32-bit values in a word"
@@ -178,7 +178,7 @@ pub(crate) fn check6(table: &[Word], outer: u128, inner: u128) -> PeerCheck {
 }
 
 /// Walks the buckets of `N` words from the one at word `place` on, once around at most.
-#[inline]
+#[inline(always)]
 fn search<const N: usize>(
     table: &[Word],
     place: usize,

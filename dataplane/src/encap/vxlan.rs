@@ -163,11 +163,13 @@ fn ethernet<'p>(
 
 /// A sender that is no peer is the reason before anything that is wrong inside its packet.
 #[cold]
+#[inline(never)]
 pub(crate) fn blame4(reason: DropReason, source: u32, table: &Table<'_>) -> DropReason {
     blame(reason, table.image.check_peer4(source, 0))
 }
 
 #[cold]
+#[inline(never)]
 fn blame6(reason: DropReason, source: u128, table: &Table<'_>) -> DropReason {
     blame(reason, table.image.check_peer6(source, 0))
 }
@@ -183,8 +185,9 @@ fn blame(reason: DropReason, check: PeerCheck) -> DropReason {
 /// passes here is refused by the pod. Only if that does not add up, all bytes are summed.
 #[inline]
 fn udp6_checksum(packet: &[u8]) -> Result<(), DropReason> {
-    /// From the outer addresses to the inner hop limit: pseudo header, UDP, VXLAN, Ethernet, start of the inner header.
-    const SUMMED: usize = IPV6_LEN + MIDDLE_LEN;
+    /// From the outer addresses to the inner hop limit: pseudo header, UDP, VXLAN, Ethernet, start of the inner header;
+    /// and two bytes more, which are taken off again, to have whole words.
+    const SUMMED: usize = IPV6_LEN + MIDDLE_LEN + 2;
     const INNER: usize = IPV6_LEN + MIDDLE_LEN;
     let Some(head) = packet.first_chunk::<{ INNER + IPV6_LEN }>() else {
         return udp6_checksum_of_all(packet);
@@ -209,6 +212,7 @@ fn udp6_checksum(packet: &[u8]) -> Result<(), DropReason> {
         + u32::from(PROTOCOL_UDP)
         + u32::from(outer_len)
         + u32::from(!inner_len)
+        + u32::from(!wire::be16(head, INNER + 8))
         + u32::from(!u16::from(protocol));
     if wire::fold(sum) == 0xffff {
         Ok(())
