@@ -83,6 +83,26 @@ pub(crate) fn deliver6(
     Ok(FromNic::Deliver { strip, len, tos })
 }
 
+/// A sender that is no peer is the reason before anything that is wrong inside its packet.
+#[cold]
+#[inline(never)]
+pub(crate) fn blame4(reason: DropReason, source: u32, table: &Table<'_>) -> DropReason {
+    blame(reason, table.image.check_peer4(source, 0))
+}
+
+#[cold]
+#[inline(never)]
+pub(crate) fn blame6(reason: DropReason, source: u128, table: &Table<'_>) -> DropReason {
+    blame(reason, table.image.check_peer6(source, 0))
+}
+
+fn blame(reason: DropReason, check: PeerCheck) -> DropReason {
+    match check {
+        PeerCheck::UnknownPeer => DropReason::UnknownPeer,
+        PeerCheck::Allowed | PeerCheck::ForeignSource => reason,
+    }
+}
+
 /// The header of an IPv4 packet from the wire, if it is possible, whole and right; and the packet's length.
 #[inline(always)]
 fn header4(packet: &[u8]) -> Result<(&[u8; IPV4_LEN], usize), DropReason> {

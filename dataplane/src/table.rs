@@ -54,12 +54,6 @@ impl<A: Number> Side<A> {
         }
     }
 
-    /// Whether this node has a lease in this family.
-    #[inline]
-    pub fn is_there(&self) -> bool {
-        self.pod_mtu != 0
-    }
-
     /// Whether an inner address belongs to this node's lease.
     #[inline]
     pub fn is_local(&self, addr: A) -> bool {

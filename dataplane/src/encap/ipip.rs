@@ -29,7 +29,7 @@ pub(crate) fn decapsulate(
     let source = wire::be32(ip, 12);
     let sender = Sender::Tunnel(source, ip[1]);
     inner::deliver4(inner, at + IPV4_LEN, sender, table)
-        .map_err(|reason| super::vxlan::blame4(reason, source, table))
+        .map_err(|reason| inner::blame4(reason, source, table))
 }
 
 /// Fills a header template in for one packet and puts it before it.

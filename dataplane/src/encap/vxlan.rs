@@ -13,7 +13,7 @@
 //! packet has its own. Over IPv6 there is no header checksum, so a UDP checksum must be there and be right (RFC 8200
 //! section 8.1); mostly it is made and verified without a look at the payload, see [`wire::ipv6_sum_by_transport`].
 
-use ripstop_fib::{LongTemplate, PeerCheck};
+use ripstop_fib::LongTemplate;
 
 use crate::flow::source_port;
 use crate::inner::{self, Sender};
@@ -63,7 +63,7 @@ pub(crate) fn decapsulate4(
     };
     match delivered {
         Ok(verdict) => Ok(verdict),
-        Err(reason) => Err(blame4(reason, source, table)),
+        Err(reason) => Err(inner::blame4(reason, source, table)),
     }
 }
 
@@ -105,7 +105,7 @@ pub(crate) fn decapsulate6(
         });
     match delivered {
         Ok(verdict) => Ok(verdict),
-        Err(reason) => Err(blame6(reason, source, table)),
+        Err(reason) => Err(inner::blame6(reason, source, table)),
     }
 }
 
@@ -144,7 +144,7 @@ fn ethernet<'p>(
         .split_first_chunk::<ETHERNET_LEN>()
         .ok_or(DropReason::InnerTruncated)?;
     let (destination, source) = (&head[0..6], &head[6..12]);
-    // As before everything: an inner frame that ends inside its IP header is cut off, whatever its Ethernet says.
+    // Ahead of the addresses: a frame that ends inside its IP header is cut off, whatever its Ethernet header says.
     if packet.len() < IPV4_LEN {
         return Err(DropReason::InnerTruncated);
     }
@@ -158,26 +158,6 @@ fn ethernet<'p>(
         found if found == ether_type => Ok(packet),
         ETHERTYPE_VLAN | ETHERTYPE_QINQ => Err(DropReason::InnerVlan),
         _ => Err(DropReason::InnerEtherType),
-    }
-}
-
-/// A sender that is no peer is the reason before anything that is wrong inside its packet.
-#[cold]
-#[inline(never)]
-pub(crate) fn blame4(reason: DropReason, source: u32, table: &Table<'_>) -> DropReason {
-    blame(reason, table.image.check_peer4(source, 0))
-}
-
-#[cold]
-#[inline(never)]
-fn blame6(reason: DropReason, source: u128, table: &Table<'_>) -> DropReason {
-    blame(reason, table.image.check_peer6(source, 0))
-}
-
-fn blame(reason: DropReason, check: PeerCheck) -> DropReason {
-    match check {
-        PeerCheck::UnknownPeer => DropReason::UnknownPeer,
-        PeerCheck::Allowed | PeerCheck::ForeignSource => reason,
     }
 }
 
