@@ -21,7 +21,7 @@ use common::{PATIENCE, find};
 use ripstop_fib::stats::Counter;
 use ripstop_perf::{
     Backend, Capture, Direction, Ethernet, Fabric, Families, Family, Frame, Header, Injector, Lab,
-    LabBuilder, Mac, Ping, address, tcp_transfer_over, wait_until,
+    LabBuilder, Mac, Node, Ping, address, tcp_transfer_over, wait_until,
 };
 
 const HERE: u8 = 1;
@@ -170,6 +170,15 @@ fn udp_uses_both_routers() -> Result<()> {
     over_two_routers(Backend::Udp, Families::Ipv4)
 }
 
+/// How many packets each worker of a node has received from its NIC.
+fn received(node: &Node) -> Result<Vec<u64>> {
+    let workers = node.workers()?.workers;
+    Ok(workers
+        .iter()
+        .map(|worker| worker.counters.get(Counter::NicRxPackets))
+        .collect())
+}
+
 #[test]
 fn both_uplinks_are_used_each_way() -> Result<()> {
     lab(Backend::Vxlan, Families::Dual).uplinks(2).run(|lab| {
@@ -178,24 +187,22 @@ fn both_uplinks_are_used_each_way() -> Result<()> {
         let uplinks = [0, 1].map(|uplink| (uplink, address::router_mac(node.uplink(uplink).0, 0)));
         for family in lab.families() {
             check(lab, family, &uplinks)?;
-            // The fabric spreads what comes back, so that it arrives on either.
-            let before = node.workers()?;
-            for _connection in 0..8 {
-                tcp_transfer_over(family, lab.pod(HERE, 0), lab.pod(THERE, 0), 50_000)?;
+            // The fabric spreads what comes back by its flow, so that it arrives on either. Where all connections so far
+            // have drawn the same uplink, more of them are made.
+            let before = received(node)?;
+            let both = |now: &[u64]| {
+                let grown = now.iter().zip(&before);
+                now.len() == 2 && grown.into_iter().all(|(now, before)| *now > before + 5)
+            };
+            let mut connections = 0;
+            while connections < FLOWS && !both(&received(node)?) {
+                for _connection in 0..8 {
+                    tcp_transfer_over(family, lab.pod(HERE, 0), lab.pod(THERE, 0), 50_000)?;
+                }
+                connections += 8;
             }
             wait_until("both uplinks have received", PATIENCE, || {
-                node.workers().is_ok_and(|now| {
-                    let of = |workers: &ripstop_perf::Workers| -> Vec<u64> {
-                        let workers = workers.workers.iter();
-                        workers
-                            .map(|worker| worker.counters.get(Counter::NicRxPackets))
-                            .collect()
-                    };
-                    of(&now)
-                        .iter()
-                        .zip(of(&before))
-                        .all(|(now, before)| *now > before + 5)
-                })
+                received(node).is_ok_and(|now| both(&now))
             })?;
         }
         Ok(())
