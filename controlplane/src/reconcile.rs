@@ -995,7 +995,7 @@ impl Reconciler {
                 self.problems.raise(
                     "reverse path",
                     format!(
-                        "{name} checks reverse paths strictly: fragments and packets with options from direct peers are lost; set net.ipv4.conf.{name}.rp_filter=2"
+                        "{name} checks reverse paths strictly: packets from direct peers that no worker takes (too long for one, or on a receive queue without) are lost; set net.ipv4.conf.{name}.rp_filter=2"
                     ),
                 );
             }

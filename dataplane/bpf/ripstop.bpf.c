@@ -9,6 +9,8 @@
  * sender is, nor verify the IP header checksum, nor look at what is inside a
  * tunnel packet, as the kernel's tunnel devices do not when they choose a
  * packet: a worker does all that, where a refusal has a reason and a counter.
+ * Of a packet without a tunnel it looks at the addresses alone, because there
+ * the kernel would route what a worker refuses.
  * A VLAN tag that the NIC has taken off is out of its sight.
  */
 #include <linux/bpf.h>
@@ -267,26 +269,19 @@ classify_tunnel4(struct frame *frame, const struct ripstop_match *match, struct 
 	}
 }
 
-/* An IPv4 packet that is not to our address: perhaps one between pods. */
+/*
+ * An IPv4 packet that is not to our address: perhaps one between pods. Then it
+ * is ours whatever it looks like: left to the kernel, a fragment that overwrites
+ * another's ports would be routed to the pod.
+ */
 static __always_inline enum ripstop_outcome
-classify_direct4(struct frame *frame, const struct ripstop_match *match, struct iphdr *ip,
-		 __u32 offset)
+classify_direct4(struct frame *frame, const struct ripstop_match *match, struct iphdr *ip)
 {
 	if (!match->v4.direct || (ip->daddr & match->v4.subnet_mask) != match->v4.subnet ||
 	    (ip->saddr & match->v4.network_mask) != match->v4.network ||
 	    (ip->saddr & match->v4.subnet_mask) == match->v4.subnet)
 		return RIPSTOP_PASSED_OTHER;
-	if (ip->frag_off & bpf_htons(IP_MORE_FRAGMENTS | IP_FRAGMENT_OFFSET))
-		return RIPSTOP_FRAGMENT;
-	if (ip->ihl > 5)
-		return RIPSTOP_IP_OPTIONS;
-
-	__u64 frame_bytes = bpf_xdp_get_buff_len(frame->context);
-	__u32 ip_bytes = bpf_ntohs(ip->tot_len);
-
-	if (ip_bytes < sizeof(*ip) || offset + ip_bytes > frame_bytes)
-		return RIPSTOP_BAD_LENGTH;
-	return if_it_fits(match, frame_bytes);
+	return if_it_fits(match, bpf_xdp_get_buff_len(frame->context));
 }
 
 static __always_inline enum ripstop_outcome
@@ -298,7 +293,7 @@ classify_ipv4(struct frame *frame, const struct ripstop_match *match, __u32 offs
 		return RIPSTOP_PASSED_OTHER;
 	if (ip->daddr == match->v4.local)
 		return classify_tunnel4(frame, match, ip, offset);
-	return classify_direct4(frame, match, ip, offset);
+	return classify_direct4(frame, match, ip);
 }
 
 static __always_inline int same_address(const struct in6_addr *address, const __u32 *other)
@@ -350,9 +345,9 @@ classify_tunnel6(struct frame *frame, const struct ripstop_match *match, struct 
 			      offset + sizeof(*ip) + payload_bytes);
 }
 
+/* As classify_direct4. */
 static __always_inline enum ripstop_outcome
-classify_direct6(struct frame *frame, const struct ripstop_match *match, struct ipv6hdr *ip,
-		 __u32 offset)
+classify_direct6(struct frame *frame, const struct ripstop_match *match, struct ipv6hdr *ip)
 {
 	if (!match->v6.direct || !within(&ip->daddr, match->v6.subnet, match->v6.subnet_mask))
 		return RIPSTOP_PASSED_OTHER;
@@ -362,16 +357,7 @@ classify_direct6(struct frame *frame, const struct ripstop_match *match, struct 
 	forget_loads();
 	if (within(&ip->saddr, match->v6.subnet, match->v6.subnet_mask))
 		return RIPSTOP_PASSED_OTHER;
-	if (ip->nexthdr == IPV6_FRAGMENT)
-		return RIPSTOP_FRAGMENT;
-	if (has_extension_headers(ip))
-		return RIPSTOP_IP_OPTIONS;
-
-	__u64 frame_bytes = bpf_xdp_get_buff_len(frame->context);
-
-	if (offset + sizeof(*ip) + bpf_ntohs(ip->payload_len) > frame_bytes)
-		return RIPSTOP_BAD_LENGTH;
-	return if_it_fits(match, frame_bytes);
+	return if_it_fits(match, bpf_xdp_get_buff_len(frame->context));
 }
 
 static __always_inline enum ripstop_outcome
@@ -383,7 +369,7 @@ classify_ipv6(struct frame *frame, const struct ripstop_match *match, __u32 offs
 		return RIPSTOP_PASSED_OTHER;
 	if (same_address(&ip->daddr, match->v6.local))
 		return classify_tunnel6(frame, match, ip, offset);
-	return classify_direct6(frame, match, ip, offset);
+	return classify_direct6(frame, match, ip);
 }
 
 /*

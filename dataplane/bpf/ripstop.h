@@ -85,7 +85,7 @@ enum ripstop_outcome {
 	RIPSTOP_REDIRECTED = 0,
 	/* Ours in every respect, but the receive queue has no socket. */
 	RIPSTOP_NO_SOCKET = 1,
-	/* To our address or our pods, but not what a worker takes: to the kernel. */
+	/* To our address, but not what a worker takes: to the kernel. */
 	RIPSTOP_FRAGMENT = 2,
 	RIPSTOP_IP_OPTIONS = 3,
 	RIPSTOP_BAD_LENGTH = 4,

@@ -789,6 +789,19 @@ fn attacks_from_the_wire_have_their_reasons() {
             let found = receive(&words, &stranger.frame(packet));
             assert_eq!(found, Err(DropReason::UnknownPeer), "{what}, stranger");
         }
+        // Without a tunnel, all but those whose addresses are somebody else's.
+        let outer = Outer {
+            vlan,
+            ..Outer::new(Backend::HostGw)
+        };
+        let words = table(1, Backend::HostGw, vlan);
+        let by_address = [DropReason::InnerSource, DropReason::InnerDestination];
+        for (what, packet, reason) in rows4.iter().chain(&rows6) {
+            if !by_address.contains(reason) {
+                let found = receive(&words, &outer.frame(packet));
+                assert_eq!(found, Err(*reason), "without a tunnel: {what}");
+            }
+        }
     }
 }
 
@@ -844,15 +857,30 @@ fn packets_without_a_tunnel_must_come_from_a_lease() {
             receive(&words, &outer.frame(&redirect)),
             Err(DropReason::IcmpRedirect)
         );
-        let fragment = Inner {
-            fragment: 0x2000,
-            ..Inner::default()
+        let options = vec![1; 40];
+        let rows = [
+            ("a first fragment", 0x2000, 17, vec![], Ok(())),
+            ("a last fragment", 0x0003, 6, vec![], Ok(())),
+            ("options", 0, 17, options.clone(), Ok(())),
+            (
+                "a fragment over the ports",
+                0x0001,
+                6,
+                options,
+                Err(DropReason::InnerFragment),
+            ),
+        ];
+        for (what, fragment, protocol, options, expected) in rows {
+            let packet = Inner {
+                fragment,
+                protocol,
+                options,
+                ..Inner::default()
+            }
+            .packet();
+            let found = receive(&words, &outer.frame(&packet)).map(|_| ());
+            assert_eq!(found, expected, "{what}");
         }
-        .packet();
-        assert_eq!(
-            receive(&words, &outer.frame(&fragment)),
-            Err(DropReason::OuterFragment)
-        );
     }
     // A node that is not told to accept them does not.
     let words = table(1, Backend::Vxlan, None);

@@ -306,6 +306,24 @@ fn exactly_ours(ours: &TunnelMatch, frame: &[u8]) -> bool {
 }
 
 fn exactly_ours4(tunnel: Tunnel, family: &Match<Ipv4Addr>, packet: &[u8]) -> bool {
+    let Some(fixed) = packet.first_chunk::<20>() else {
+        return false;
+    };
+    if !(0x45..=0x4f).contains(&fixed[0]) {
+        return false;
+    }
+    let address = |at: usize| Ipv4Addr::from([0, 1, 2, 3].map(|byte| fixed[at + byte]));
+    let (source, destination) = (address(12), address(16));
+    if destination != family.local {
+        let within = |address: Ipv4Addr, (prefix, len): (Ipv4Addr, u8)| {
+            u64::from(address.to_bits() ^ prefix.to_bits()) >> (32 - len) == 0
+        };
+        return family.direct.is_some_and(|direct| {
+            within(destination, direct.subnet)
+                && within(source, direct.network)
+                && !within(source, direct.subnet)
+        });
+    }
     let Ok(ip) = Ipv4HeaderSlice::from_slice(packet) else {
         return false;
     };
@@ -313,48 +331,33 @@ fn exactly_ours4(tunnel: Tunnel, family: &Match<Ipv4Addr>, packet: &[u8]) -> boo
     if ip.ihl() != 5 || ip.is_fragmenting_payload() || length < 20 || length > packet.len() {
         return false;
     }
-    let bits = u32::from_be_bytes;
-    let (source, destination) = (bits(ip.source()), bits(ip.destination()));
-    let within = |address: u32, (prefix, len): (Ipv4Addr, u8)| {
-        (u64::from(address) ^ u64::from(bits(prefix.octets()))) >> (32 - len) == 0
-    };
-    if ip.destination_addr() == family.local {
-        // What the lengths leave may be less than a header; padding is not part of it.
-        return is_tunnel(tunnel, ip.protocol(), &packet[20..], length - 20);
-    }
-    family.direct.is_some_and(|direct| {
-        within(destination, direct.subnet)
-            && within(source, direct.network)
-            && !within(source, direct.subnet)
-    })
+    // What the lengths leave may be less than a header; padding is not part of it.
+    is_tunnel(tunnel, ip.protocol(), &packet[20..], length - 20)
 }
 
 fn exactly_ours6(tunnel: Tunnel, family: &Match<Ipv6Addr>, packet: &[u8]) -> bool {
     let Ok(ip) = Ipv6HeaderSlice::from_slice(packet) else {
         return false;
     };
-    let length = usize::from(ip.payload_length());
-    if 40 + length > packet.len() {
-        return false;
-    }
-    let within = |address: Ipv6Addr, (prefix, len): (Ipv6Addr, u8)| {
-        let differing = address.to_bits() ^ prefix.to_bits();
-        differing.leading_zeros() >= u32::from(len)
-    };
-    if ip.destination_addr() == family.local {
-        let Tunnel::Vxlan { .. } = tunnel else {
-            return false;
+    if ip.destination_addr() != family.local {
+        let within = |address: Ipv6Addr, (prefix, len): (Ipv6Addr, u8)| {
+            let differing = address.to_bits() ^ prefix.to_bits();
+            differing.leading_zeros() >= u32::from(len)
         };
-        let udp_checksum = packet.get(46..48).unwrap_or(&[0, 0]);
-        return udp_checksum != [0, 0]
-            && is_tunnel(tunnel, ip.next_header(), &packet[40..], length);
-    }
-    ![0, 43, 44, 60].contains(&ip.next_header().0)
-        && family.direct.is_some_and(|direct| {
+        return family.direct.is_some_and(|direct| {
             within(ip.destination_addr(), direct.subnet)
                 && within(ip.source_addr(), direct.network)
                 && !within(ip.source_addr(), direct.subnet)
-        })
+        });
+    }
+    let length = usize::from(ip.payload_length());
+    let Tunnel::Vxlan { .. } = tunnel else {
+        return false;
+    };
+    let udp_checksum = packet.get(46..48).unwrap_or(&[0, 0]);
+    40 + length <= packet.len()
+        && udp_checksum != [0, 0]
+        && is_tunnel(tunnel, ip.next_header(), &packet[40..], length)
 }
 
 fn is_tunnel(tunnel: Tunnel, protocol: IpNumber, payload: &[u8], length: usize) -> bool {
@@ -1165,17 +1168,6 @@ const ANY_PACKET: &[Deviation] = &[
 
 const ANY_IPV4: &[Deviation] = &[
     (
-        "first fragment",
-        |p| p.more_fragments = true,
-        Outcome::Fragment,
-    ),
-    (
-        "last fragment",
-        |p| p.fragment_offset = 1,
-        Outcome::Fragment,
-    ),
-    ("IP options", |p| p.options = vec![1; 4], Outcome::IpOptions),
-    (
         "IP version 6",
         |p| p.first_byte = Some(0x65),
         Outcome::PassedOther,
@@ -1190,6 +1182,20 @@ const ANY_IPV4: &[Deviation] = &[
         |p| p.ether_type = Some(EtherType::IPV6),
         Outcome::PassedOther,
     ),
+];
+
+const ANY_TUNNEL4: &[Deviation] = &[
+    (
+        "first fragment",
+        |p| p.more_fragments = true,
+        Outcome::Fragment,
+    ),
+    (
+        "last fragment",
+        |p| p.fragment_offset = 1,
+        Outcome::Fragment,
+    ),
+    ("IP options", |p| p.options = vec![1; 4], Outcome::IpOptions),
     ("IP length 0", |p| p.length = Some(0), Outcome::BadLength),
     ("IP length 19", |p| p.length = Some(19), Outcome::BadLength),
     (
@@ -1199,7 +1205,56 @@ const ANY_IPV4: &[Deviation] = &[
     ),
 ];
 
+/// What a worker judges, where there is no tunnel.
+const ANY_DIRECT4: &[Deviation] = &[
+    (
+        "first fragment",
+        |p| p.more_fragments = true,
+        Outcome::Redirected,
+    ),
+    (
+        "last fragment",
+        |p| p.fragment_offset = 1,
+        Outcome::Redirected,
+    ),
+    (
+        "IP options",
+        |p| p.options = vec![1; 4],
+        Outcome::Redirected,
+    ),
+    (
+        "all of the IP options",
+        |p| p.options = vec![1; 40],
+        Outcome::Redirected,
+    ),
+    (
+        "a header longer than the frame",
+        |p| (p.first_byte, p.inner) = (Some(0x4f), 0),
+        Outcome::Redirected,
+    ),
+    ("IP length 0", |p| p.length = Some(0), Outcome::Redirected),
+    ("IP length 19", |p| p.length = Some(19), Outcome::Redirected),
+    (
+        "IP length beyond the frame",
+        |p| p.length = Some(100),
+        Outcome::Redirected,
+    ),
+];
+
 const ANY_IPV6: &[Deviation] = &[
+    (
+        "IP version 4",
+        |p| p.first_byte = Some(0x45),
+        Outcome::PassedOther,
+    ),
+    (
+        "labelled as IPv4",
+        |p| p.ether_type = Some(EtherType::IPV4),
+        Outcome::PassedOther,
+    ),
+];
+
+const ANY_TUNNEL6: &[Deviation] = &[
     (
         "fragment",
         |p| p.protocol = IpNumber::IPV6_FRAGMENTATION_HEADER,
@@ -1221,19 +1276,37 @@ const ANY_IPV6: &[Deviation] = &[
         Outcome::IpOptions,
     ),
     (
-        "IP version 4",
-        |p| p.first_byte = Some(0x45),
-        Outcome::PassedOther,
+        "payload length beyond the frame",
+        |p| p.length = Some(100),
+        Outcome::BadLength,
+    ),
+];
+
+const ANY_DIRECT6: &[Deviation] = &[
+    (
+        "fragment",
+        |p| p.protocol = IpNumber::IPV6_FRAGMENTATION_HEADER,
+        Outcome::Redirected,
     ),
     (
-        "labelled as IPv4",
-        |p| p.ether_type = Some(EtherType::IPV4),
-        Outcome::PassedOther,
+        "hop-by-hop options",
+        |p| p.protocol = IpNumber::IPV6_HEADER_HOP_BY_HOP,
+        Outcome::Redirected,
+    ),
+    (
+        "routing header",
+        |p| p.protocol = IpNumber::IPV6_ROUTE_HEADER,
+        Outcome::Redirected,
+    ),
+    (
+        "destination options",
+        |p| p.protocol = IpNumber::IPV6_DESTINATION_OPTIONS,
+        Outcome::Redirected,
     ),
     (
         "payload length beyond the frame",
         |p| p.length = Some(100),
-        Outcome::BadLength,
+        Outcome::Redirected,
     ),
 ];
 
@@ -1334,7 +1407,7 @@ fn every_deviation_from_vxlan_over_ipv4_is_passed() {
     ];
     let rig = Rig::new();
     let exact = Packet::default();
-    for table in [ANY_PACKET, ANY_IPV4, ANY_UDP, ANY_VXLAN, table] {
+    for table in [ANY_PACKET, ANY_IPV4, ANY_TUNNEL4, ANY_UDP, ANY_VXLAN, table] {
         assert_deviations(&rig, &TUNNEL, &exact, table);
     }
 }
@@ -1396,7 +1469,7 @@ fn every_deviation_from_vxlan_over_ipv6_is_passed() {
         v6: Some(V6),
         ..TUNNEL
     };
-    for table in [ANY_PACKET, ANY_IPV6, ANY_UDP, ANY_VXLAN, table] {
+    for table in [ANY_PACKET, ANY_IPV6, ANY_TUNNEL6, ANY_UDP, ANY_VXLAN, table] {
         assert_deviations(&rig, &ours, &Packet::vxlan6(), table);
     }
 }
@@ -1426,7 +1499,7 @@ fn every_deviation_from_the_udp_tunnel_is_passed() {
         v6: Some(V6),
         ..TUNNEL
     };
-    for table in [ANY_PACKET, ANY_IPV4, ANY_UDP, table] {
+    for table in [ANY_PACKET, ANY_IPV4, ANY_TUNNEL4, ANY_UDP, table] {
         assert_deviations(&rig, &ours, &Packet::udp(), table);
     }
 }
@@ -1463,13 +1536,13 @@ fn every_deviation_from_ipip_is_passed() {
         v6: Some(V6),
         ..TUNNEL
     };
-    for table in [ANY_PACKET, ANY_IPV4, table] {
+    for table in [ANY_PACKET, ANY_IPV4, ANY_TUNNEL4, table] {
         assert_deviations(&rig, &ours, &Packet::ipip(), table);
     }
 }
 
 #[test]
-fn every_deviation_from_a_direct_packet_is_passed() {
+fn whose_a_direct_packet_is_its_addresses_say() {
     let addresses4: &[Deviation] = &[
         (
             "to another node's pod",
@@ -1573,10 +1646,10 @@ fn every_deviation_from_a_direct_packet_is_passed() {
         ..host_gw
     };
     for ours in [host_gw, with_tunnel] {
-        for table in [ANY_PACKET, ANY_IPV4, addresses4] {
+        for table in [ANY_PACKET, ANY_IPV4, ANY_DIRECT4, addresses4] {
             assert_deviations(&rig, &ours, &Packet::direct4(), table);
         }
-        for table in [ANY_PACKET, ANY_IPV6, addresses6] {
+        for table in [ANY_PACKET, ANY_IPV6, ANY_DIRECT6, addresses6] {
             assert_deviations(&rig, &ours, &Packet::direct6(), table);
         }
     }

@@ -488,13 +488,6 @@ fn inner_lies(attacks: &mut Attacks<'_>, direct: bool) {
             attacks.workers_only();
         }
     };
-    // Without a tunnel what is odd about the IP header goes to the kernel; fragments and extension headers, too, and
-    // these it routes.
-    let odd = |reason| match (direct, reason) {
-        (false, reason) => Worker(reason),
-        (true, InnerLength) => Kernel,
-        (true, _) => Routed,
-    };
     match family {
         Family::Ipv4 => {
             // Without a tunnel that is the packet's own header, which the XDP program does not sum up.
@@ -508,7 +501,7 @@ fn inner_lies(attacks: &mut Attacks<'_>, direct: bool) {
             ] {
                 each(
                     &format!("inner length {name}"),
-                    odd(InnerLength),
+                    Worker(InnerLength),
                     &|frame| {
                         // The right length is 60.
                         inner(frame, |ip| ip.total_length = Some(length), |_| {});
@@ -524,7 +517,7 @@ fn inner_lies(attacks: &mut Attacks<'_>, direct: bool) {
                 ("a fragment over the flags", 2, true, 32),
                 ("a fragment beyond the longest packet", 8189, false, 32),
             ] {
-                each(name, odd(InnerFragment), &|frame| {
+                each(name, Worker(InnerFragment), &|frame| {
                     carry(frame, TCP, MARKER.repeat(4)[..bytes].to_vec());
                     inner(
                         frame,
@@ -538,14 +531,14 @@ fn inner_lies(attacks: &mut Attacks<'_>, direct: bool) {
             for (name, length) in [("one too long", 41), ("of the longest packet", 65_535)] {
                 each(
                     &format!("inner length {name}"),
-                    odd(InnerLength),
+                    Worker(InnerLength),
                     &|frame| {
                         // The right length is 40.
                         inner(frame, |_| {}, |ip| ip.payload_length = Some(length));
                     },
                 );
             }
-            each("a jumbogram's length", odd(InnerLength), &|frame| {
+            each("a jumbogram's length", Worker(InnerLength), &|frame| {
                 // RFC 2675: no length, and a hop-by-hop option that says 70,000.
                 let option = [6, 0, 0xc2, 4, 0, 1, 0x11, 0x70];
                 carry(frame, 0, [option.as_slice(), &MARKER.repeat(4)].concat());
@@ -564,7 +557,7 @@ fn inner_lies(attacks: &mut Attacks<'_>, direct: bool) {
             }
             each(
                 "a router advertisement behind an extension header",
-                odd(NeighbourDiscovery),
+                Worker(NeighbourDiscovery),
                 &|frame| discover(frame, 134, true),
             );
             for (name, offset, more, bytes) in [
@@ -572,7 +565,7 @@ fn inner_lies(attacks: &mut Attacks<'_>, direct: bool) {
                 ("a fragment over the ports", 1, false, 32),
                 ("a fragment beyond the longest packet", 8189, false, 40),
             ] {
-                each(name, odd(InnerFragment), &|frame| {
+                each(name, Worker(InnerFragment), &|frame| {
                     let field = (offset << 3_u16 | u16::from(more)).to_be_bytes();
                     let header = [TCP, 0, field[0], field[1], 0, 0, 0x12, 0x34];
                     let payload = &MARKER.repeat(5)[..bytes];

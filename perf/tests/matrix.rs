@@ -244,16 +244,13 @@ fn check_cell(lab: &Lab, family: Family, pair: [u8; 2], cell: Cell) -> Result<()
         .map(|node| Carried::by(node))
         .collect::<Result<Vec<_>>>()?;
     cell.check(lab, family, pair[0], pair[1])?;
-    // Fragments that come without a tunnel are the kernel's business.
-    let by_kernel = cell == Cell::Fragments && lab.is_direct(pair[0], pair[1]);
     let least = cell.packets_min();
-    let into_least = if by_kernel { 0 } else { least };
     for (node, before) in nodes.into_iter().zip(before) {
         let mut now = before;
         // What the workers count they publish now and then.
         let counted = wait_until("the workers have carried it", PATIENCE, || {
             now = Carried::by(node).unwrap_or(before);
-            now.out >= before.out + least && now.into >= before.into + into_least
+            now.out >= before.out + least && now.into >= before.into + least
         });
         counted.with_context(|| {
             let (out, into) = (now.out - before.out, now.into - before.into);

@@ -160,11 +160,11 @@ catalogue! {
         Redirected = "redirected";
         /// Such a packet on a receive queue without a worker, left to the kernel: add a configuration file for that queue.
         NoSocket = "no_socket";
-        /// Fragment to this node's tunnel address or pods, left to the kernel: a path MTU below the tunnel's outer packet.
+        /// Fragment to this node's tunnel address, left to the kernel: a path MTU below the tunnel's outer packet.
         Fragment = "fragment";
-        /// Packet with IP options or IPv6 extension headers to this node's tunnel or pods, left to the kernel.
+        /// Packet with IP options or IPv6 extension headers to this node's tunnel, left to the kernel.
         IpOptions = "ip_options";
-        /// Packet for a worker whose IP, UDP and frame lengths disagree, left to the kernel: a broken or hostile sender.
+        /// Tunnel packet whose IP, UDP and frame lengths disagree, left to the kernel: a broken or hostile sender.
         BadLength = "bad_length";
         /// Tunnel packet with unknown VXLAN flags or reserved bits, left to the kernel: a sender with extensions.
         VxlanFlags = "vxlan_flags";

@@ -6,19 +6,15 @@ use crate::table::Table;
 use crate::verdict::{DropReason, FromNic, Front};
 use crate::wire::{self, IPV4_LEN, IPV6_LEN};
 
-use super::{plain4, write};
+use super::write;
 
-/// Decides about an IPv4 packet that came without a tunnel, `at` bytes inside its frame.
+/// Decides about an IPv4 packet that came without a tunnel, `at` bytes inside its frame. Its one header is an inner one:
+/// fragments and options are as welcome in it as in a tunnel.
 ///
 /// What the sender's Ethernet address is does not matter: on one link everybody can forge it, and when a node's changes
 /// its packets must go on.
 #[inline(never)]
 pub(crate) fn receive4(packet: &[u8], at: usize, table: &Table<'_>) -> Result<FromNic, DropReason> {
-    plain4(
-        packet
-            .first_chunk::<IPV4_LEN>()
-            .ok_or(DropReason::OuterTruncated)?,
-    )?;
     inner::deliver4(packet, at, Sender::Direct, table)
 }
 
