@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::detour;
 use crate::family::Family;
 use crate::fou::{Fou, FouError};
+use crate::guard;
 use crate::netlink::message::{self, RouteFilter};
 use crate::netlink::{Netlink, NetlinkError, Refusal, Request};
 use crate::rules::{self, FilterError};
@@ -46,7 +47,7 @@ pub enum CleanupError {
     /// The receive port stays.
     #[error(transparent)]
     Fou(#[from] FouError),
-    /// The filter stays.
+    /// The filter or the guard stays.
     #[error(transparent)]
     Filter(#[from] FilterError),
     /// A file stays.
@@ -93,7 +94,7 @@ impl core::fmt::Display for Cleanup {
     }
 }
 
-/// Removes rules, routes, filter and files; with `with_standby`, also the kernel's own path, whatever the backend.
+/// Removes rules, routes, filter, guard and files; with `with_standby`, also the kernel's own path, whatever the backend.
 pub fn cleanup(run_dir: &Path, force: bool, with_standby: bool) -> Result<Cleanup, CleanupError> {
     for (process, name) in [
         ("control plane", CONTROLPLANE_LOCK),
@@ -135,6 +136,11 @@ pub fn cleanup(run_dir: &Path, force: bool, with_standby: bool) -> Result<Cleanu
             "peer filter (nftables tables {})",
             rules::TABLE
         ))),
+        Ok(false) => Ok(None),
+        Err(error) => Err(error.into()),
+    });
+    done.note(match rules::remove_guard() {
+        Ok(true) => Ok(Some(format!("guard (nftables table {})", guard::TABLE))),
         Ok(false) => Ok(None),
         Err(error) => Err(error.into()),
     });

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!   lease/file ──┐                         ┌─► standby ─► tunnel device, neighbours, FDB, routes (kernel)
-//!   netconf ─────┤                         ├─► rules ───► nftables peer filter
+//!   netconf ─────┤                         ├─► rules, guard ─► nftables: peer filter, no pod as a node
 //!   interface ───┼─► reconcile (main loop) ┤
 //!   nexthop ─────┤      ▲                  ├─► compile ─► publish ─► fib region ─► workers
 //!   netlink ─────┘      └── stats region   └─► detour ──► rip0 routes and rules, while workers are alive
@@ -17,6 +17,7 @@ pub mod compile;
 pub mod detour;
 pub mod family;
 pub mod fou;
+pub mod guard;
 pub mod interface;
 pub mod lease;
 pub mod mac;

@@ -49,9 +49,24 @@ struct Flags {
     /// Number of the routing table for the routes through rip0
     #[arg(long, value_name = "NUMBER", default_value_t = detour::TABLE, value_parser = clap::value_parser!(u32).range(1..))]
     route_table: u32,
+    /// Drop what pods send in the name of nodes (nftables table inet ripstop-guard); off takes the table away
+    #[arg(
+        long,
+        env = "RIPSTOP_GUARD",
+        value_name = "on|off",
+        default_value = "on"
+    )]
+    guard: Switch,
     /// error, warn, info, debug, trace, or a filter as tracing-subscriber takes it
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: EnvFilter,
+}
+
+/// A flag with a value, so that its environment variable can say either.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Switch {
+    On,
+    Off,
 }
 
 fn main() -> ExitCode {
@@ -102,6 +117,7 @@ fn run(flags: Flags) -> anyhow::Result<()> {
         conf,
         run_dir: flags.run_dir,
         table: flags.route_table,
+        guard: flags.guard == Switch::On,
         lease_source: source.describe(),
     })?;
     tracing::info!(node, leases = source.describe(), "control plane started");

@@ -6,7 +6,7 @@
 //!   stats ─────┤             ├─ 3 withdraw   routes through rip0 that workers can no longer serve
 //!   timers ────┘             ├─ 4 publish    the forwarding table, if a bit of it changed
 //!                            ├─ 5 standby    the kernel's own path
-//!                            ├─ 6 filter     who may tunnel into it
+//!                            ├─ 6 filter     who may tunnel into it; the guard: no pod as a node
 //!                            └─ 7 detour     routes through rip0 that every worker can serve
 //! ```
 //!
@@ -18,7 +18,7 @@
 
 use core::net::IpAddr;
 use core::time::Duration;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,10 +34,11 @@ use crate::compile::compile;
 use crate::detour;
 use crate::family::{Family, PerFamily};
 use crate::fou::{Fou, FouError};
+use crate::guard::{self, Guard};
 use crate::interface::{self, InterfaceError, Selection, Underlay, View};
 use crate::lease::{Lease, LeaseEvent, LeaseSet};
 use crate::netconf::{Backend, Direct, NetConf};
-use crate::netlink::message::{self, Link, RouteFilter};
+use crate::netlink::message::{self, Address, Link, RouteFilter};
 use crate::netlink::monitor::{Dirty, Interests, Monitor};
 use crate::netlink::{Netlink, NetlinkError};
 use crate::nexthop::{NextHops, Query, Ways};
@@ -215,6 +216,8 @@ pub struct Settings {
     pub run_dir: PathBuf,
     /// Number of our routing table.
     pub table: u32,
+    /// Pods may not send in the name of nodes.
+    pub guard: bool,
     /// What the lease source calls itself.
     pub lease_source: String,
 }
@@ -234,6 +237,8 @@ pub struct Reconciler {
     /// To be put into force once it fits an interface.
     pending: Option<Arc<LeaseSet>>,
     leases_seen: Option<Instant>,
+    /// Underlay addresses of all nodes of `leases`.
+    nodes: Arc<BTreeSet<IpAddr>>,
     links: Vec<Link>,
     underlay: Option<Underlay>,
     /// Tunnel devices of the standby, 0 where there is none.
@@ -299,6 +304,7 @@ impl Reconciler {
             leases: None,
             pending: None,
             leases_seen: None,
+            nodes: Arc::default(),
             links: Vec::new(),
             underlay: None,
             standby_links: PerFamily::default(),
@@ -513,6 +519,9 @@ impl Reconciler {
             return Ok(());
         };
         let addresses = self.netlink.addresses()?;
+        if let Some(leases) = &self.leases {
+            self.filter.set_guard(self.guard(leases, &addresses));
+        }
         let lease_ip = |family| leases.own(family).map(|own: &Lease| own.public_ip);
         let selection = Selection {
             lease_ips: PerFamily {
@@ -572,13 +581,26 @@ impl Reconciler {
             self.steps.next_hops.wake();
         }
         if let Some(pending) = self.pending.take() {
-            self.filter.set(Filter::new(&pending, &self.settings.conf));
+            self.nodes = guard::nodes(&pending);
+            self.filter.set(Filter {
+                guard: self.guard(&pending, &addresses),
+                ..Filter::new(&pending, &self.settings.conf)
+            });
             self.leases = Some(pending);
             for step in self.all_steps() {
                 step.wake();
             }
         }
         Ok(())
+    }
+
+    /// What the guard has to be, unless it is off.
+    fn guard(&self, leases: &LeaseSet, addresses: &[Address]) -> Option<Guard> {
+        let Settings { conf, guard, .. } = &self.settings;
+        guard.then(|| Guard {
+            nodes: Arc::clone(&self.nodes),
+            interfaces: guard::interfaces(leases, conf, &self.links, addresses),
+        })
     }
 
     fn follow_next_hops(
@@ -1033,6 +1055,7 @@ impl Reconciler {
                 Backend::Alloc | Backend::HostGw | Backend::Vxlan(_) | Backend::Ipip { .. } => None,
             },
             filtered: devices().map(|(family, _)| family.to_string()).collect(),
+            guard: self.settings.guard,
             underlay: self.underlay.as_ref().map(|underlay| underlay.name.clone()),
             uplinks: described(&self.uplinks),
             public_ips: own.iter().map(|own| own.public_ip).collect(),

@@ -22,7 +22,7 @@ use crate::netlink::{Netlink, NetlinkError};
 use crate::publish::{self, HEARTBEAT_MAX};
 use crate::state::State;
 use crate::table::{Align, grouped, render, scaled};
-use crate::{detour, rules, standby};
+use crate::{detour, guard, rules, standby};
 
 /// Why there is nothing to show.
 #[derive(Debug, thiserror::Error)]
@@ -298,6 +298,18 @@ pub struct PathStatus {
     pub standby_device: bool,
     /// The peer filter is there; none where nft cannot be asked.
     pub peer_filter: Option<bool>,
+    /// What keeps pods from sending in the name of nodes; none where nft cannot be asked.
+    pub guard: Option<GuardStatus>,
+}
+
+/// The guard in the kernel.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GuardStatus {
+    /// It is there.
+    pub on: bool,
+    /// Packets that it has dropped.
+    pub dropped: u64,
 }
 
 fn flow(
@@ -518,6 +530,14 @@ fn path_status(
                 .to_owned(),
         );
     }
+    let guard = rules::guard_count().ok().map(|count| GuardStatus {
+        on: count.is_some(),
+        dropped: count.map_or(0, |count| count.packets),
+    });
+    let is_guarded = state.is_some_and(|state| state.guard);
+    if is_guarded && guard.is_some_and(|guard| !guard.on) {
+        problems.push("the guard is missing: pods can send in the name of nodes".to_owned());
+    }
     let routed = kernel.detour_subnets.len();
     let in_use = match (
         kernel.rule && kernel.rip0,
@@ -535,6 +555,7 @@ fn path_status(
         detour_routes: routed,
         standby_device: kernel.missing_devices.is_empty(),
         peer_filter,
+        guard,
     })
 }
 
@@ -629,7 +650,7 @@ impl core::fmt::Display for Status {
         match &self.path {
             Some(path) => write!(
                 f,
-                "\npath           {} (rip0 {}, rule {}, {} routes; {} {}; peer filter {})",
+                "\npath           {} (rip0 {}, rule {}, {} routes; {} {}; peer filter {}; guard {})",
                 path.in_use,
                 yes(path.rip0, "present", "absent"),
                 yes(path.rule, "present", "absent"),
@@ -639,6 +660,16 @@ impl core::fmt::Display for Status {
                 path.peer_filter.map_or_else(
                     || "unknown".to_owned(),
                     |there| yes(there, "present", "absent")
+                ),
+                path.guard.map_or_else(
+                    || "unknown".to_owned(),
+                    |guard| match guard {
+                        GuardStatus { on: false, .. } => "off".to_owned(),
+                        GuardStatus { dropped: 0, .. } => "on".to_owned(),
+                        GuardStatus { dropped, .. } => {
+                            format!("on, {} dropped", grouped(dropped))
+                        }
+                    }
                 ),
             )?,
             None => write!(f, "\npath           unknown")?,
@@ -877,7 +908,7 @@ impl core::fmt::Display for Leases {
 #[serde(rename_all = "camelCase")]
 pub struct DropRow {
     /// Who counted: `worker`, `xdp` (left to the kernel), `socket` (the kernel's statistics of the workers' sockets)
-    /// or `filter` (the standby's peer filter).
+    /// `filter` (the standby's peer filter) or `guard` (what keeps pods from sending as nodes).
     #[serde(rename = "where")]
     pub place: &'static str,
     /// The counter's name.
@@ -980,6 +1011,18 @@ impl Drops {
             }
             Ok(None) => unknown.push("filter: the peer filter is not present".to_owned()),
             Err(error) => unknown.push(format!("filter: {error}")),
+        }
+        // Where nft is missing, the filter has said so.
+        let State { guard: wanted, .. } = State::read(run_dir).unwrap_or_default();
+        match rules::guard_count() {
+            Ok(Some(count)) => add(
+                "guard",
+                guard::COUNTER.name,
+                count.packets,
+                guard::COUNTER.explanation,
+            ),
+            Ok(None) if wanted => unknown.push("guard: it is not present".to_owned()),
+            Ok(None) | Err(_) => {}
         }
         Ok(Self { drops, unknown })
     }

@@ -34,6 +34,7 @@ use std::time::Instant;
 use ipnet::IpNet;
 
 use crate::family::{Family, PerFamily};
+use crate::guard::{self, Guard};
 use crate::lease::LeaseSet;
 use crate::netconf::{Backend, NetConf};
 use crate::netlink::NetlinkError;
@@ -93,11 +94,13 @@ pub const COUNTERS: [FilterCounter; 9] = [
     },
 ];
 
-/// What the filter has to say: a table for each family that has a tunnel.
+/// What the filter has to say: a table for each family that has a tunnel, and the guard's.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Filter {
     /// The tables.
     pub tables: PerFamily<Option<Table>>,
+    /// The guard, unless it is off.
+    pub guard: Option<Guard>,
 }
 
 /// The filter of one family.
@@ -139,7 +142,7 @@ pub enum Tunnel {
 }
 
 impl Filter {
-    /// Derives the filter from the leases.
+    /// Derives the filter from the leases, without a guard.
     pub fn new(leases: &LeaseSet, conf: &NetConf) -> Self {
         let tunnel = match conf.backend {
             Backend::Vxlan(vxlan) => Tunnel::Vxlan {
@@ -170,6 +173,7 @@ impl Filter {
                 v4: table(Family::V4),
                 v6: table(Family::V6),
             },
+            guard: None,
         }
     }
 
@@ -464,7 +468,7 @@ struct Present {
 impl Present {
     /// Looks; `None` when there is something that cannot be understood.
     fn read(family: Family) -> Option<Self> {
-        let output = nft(&list(family, &["-j"]), "").ok()?;
+        let output = nft(&list(place(family), &["-j"]), "").ok()?;
         if output.status.success() {
             Self::parse(&serde_json::from_slice(&output.stdout).ok()?)
         } else {
@@ -510,13 +514,11 @@ fn bound(value: &serde_json::Value) -> Option<u128> {
     }
 }
 
-/// The arguments that list the table of a family.
-fn list(family: Family, options: &[&'static str]) -> Vec<&'static str> {
-    let family = match family {
-        Family::V4 => "ip",
-        Family::V6 => "ip6",
-    };
-    [options, &["list", "table", family, TABLE]].concat()
+/// The arguments that list a table, given by family and name.
+fn list(place: &'static str, options: &[&'static str]) -> Vec<&'static str> {
+    let words = place.split(' ');
+    let command = options.iter().copied().chain(["list", "table"]);
+    command.chain(words).collect()
 }
 
 /// A counter's value.
@@ -535,7 +537,7 @@ pub struct Count {
 pub enum FilterError {
     /// There is no `nft`.
     #[error(
-        "peer filter: the program nft is missing: install the package nftables; until then the kernel's path decapsulates packets from anyone"
+        "peer filter: the program nft is missing: install the package nftables; until then the kernel's path decapsulates packets from anyone, and pods can send in the name of nodes"
     )]
     Missing,
     /// It cannot be run.
@@ -544,6 +546,11 @@ pub enum FilterError {
     /// It refuses.
     #[error("peer filter: nft: {0}")]
     Refused(String),
+    /// It refuses the guard, which alone needs the kernel's `fib` expression.
+    #[error(
+        "guard: nft: {0}: does the kernel have nft_fib_inet (CONFIG_NFT_FIB_INET)? Until then pods can send in the name of nodes; --guard off accepts that"
+    )]
+    Guard(String),
 }
 
 fn nft(arguments: &[&str], input: &str) -> Result<Output, FilterError> {
@@ -589,7 +596,7 @@ fn run(arguments: &[&str], input: &str) -> Result<String, FilterError> {
 pub fn counts() -> Result<Option<Vec<Count>>, FilterError> {
     let mut sums: Option<Vec<Count>> = None;
     for family in Family::ALL {
-        for count in counts_of(family)?.unwrap_or_default() {
+        for count in counts_in(place(family))?.unwrap_or_default() {
             let sums = sums.get_or_insert_default();
             match sums.iter_mut().find(|sum| sum.name == count.name) {
                 Some(sum) => {
@@ -603,9 +610,17 @@ pub fn counts() -> Result<Option<Vec<Count>>, FilterError> {
     Ok(sums)
 }
 
-/// The counters of one family's table, if it is there.
-pub fn counts_of(family: Family) -> Result<Option<Vec<Count>>, FilterError> {
-    let listing = list(family, &[]);
+/// The guard's counter, if the guard is there.
+pub fn guard_count() -> Result<Option<Count>, FilterError> {
+    let counts = counts_in(guard::PLACE)?.unwrap_or_default();
+    Ok(counts
+        .into_iter()
+        .find(|count| count.name == guard::COUNTER.name))
+}
+
+/// The counters of one table, if it is there.
+fn counts_in(place: &'static str) -> Result<Option<Vec<Count>>, FilterError> {
+    let listing = list(place, &[]);
     let output = nft(&[&["-j", "list", "counters"], &listing[1..]].concat(), "")?;
     if !output.status.success() {
         return Ok(None);
@@ -629,20 +644,25 @@ pub fn counts_of(family: Family) -> Result<Option<Vec<Count>>, FilterError> {
     Ok(if found.is_empty() { None } else { Some(found) })
 }
 
-/// Removes the table of one family; whether there was one.
-fn remove_table(family: Family) -> Result<bool, FilterError> {
-    let present = nft(&list(family, &["-t"]), "")?.status.success();
+/// Removes a table; whether there was one.
+fn remove_table(place: &'static str) -> Result<bool, FilterError> {
+    let present = nft(&list(place, &["-t"]), "")?.status.success();
     if present {
-        run(&["-f", "-"], &format!("delete table {}\n", place(family)))?;
+        run(&["-f", "-"], &format!("delete table {place}\n"))?;
     }
     Ok(present)
+}
+
+/// Removes the guard; whether there was one.
+pub fn remove_guard() -> Result<bool, FilterError> {
+    remove_table(guard::PLACE)
 }
 
 /// Removes the filter; whether there was one.
 pub fn remove() -> Result<bool, FilterError> {
     let mut present = false;
     for family in Family::ALL {
-        present |= remove_table(family)?;
+        present |= remove_table(place(family))?;
     }
     Ok(present)
 }
@@ -652,8 +672,11 @@ fn listing(filter: &Filter) -> Result<String, FilterError> {
     let mut text = String::new();
     for (family, table) in filter.tables.iter() {
         if table.is_some() {
-            text += &run(&list(family, &["-t", "-s"]), "")?;
+            text += &run(&list(place(family), &["-t", "-s"]), "")?;
         }
+    }
+    if filter.guard.is_some() {
+        text += &run(&list(guard::PLACE, &["-t", "-s"]), "")?;
     }
     Ok(text)
 }
@@ -718,7 +741,18 @@ impl FilterKeeper {
         }
     }
 
-    /// What keeps the filter from being in force, if anything.
+    /// Says what the guard should be from here on; the filter must have been set before.
+    pub fn set_guard(&self, guard: Option<Guard>) {
+        let mut wanted = self.shared.lock();
+        if let Some(filter) = &mut wanted.filter
+            && filter.guard != guard
+        {
+            filter.guard = guard;
+            self.shared.wake.signal();
+        }
+    }
+
+    /// What keeps the filter or the guard from being in force, if anything.
     pub fn problem(&self) -> Option<String> {
         self.shared.lock().problem.clone()
     }
@@ -750,7 +784,7 @@ fn keep(shared: &Shared) {
         // Cleared before the wish is read: one that comes later wakes the wait below.
         shared.wake.clear();
         if monitor.is_none() {
-            monitor = RulesetMonitor::open(TABLE).ok();
+            monitor = RulesetMonitor::open(&[TABLE, guard::TABLE]).ok();
         }
         let wanted = {
             let wanted = shared.lock();
@@ -770,9 +804,12 @@ fn keep(shared: &Shared) {
         if let Some(wanted) =
             wanted.filter(|wanted| loaded.as_ref().map(|loaded| &loaded.filter) != Some(wanted))
         {
-            let mut transactions = 1;
-            match load(wanted, loaded.take().as_ref()) {
-                Ok((now_loaded, count)) => (loaded, transactions) = (Some(now_loaded), count),
+            let mut transactions = 0;
+            match load(wanted, loaded.take().as_ref(), &mut transactions) {
+                Ok((now_loaded, error)) => {
+                    loaded = Some(now_loaded);
+                    problem = error.map(|error| error.to_string());
+                }
                 Err(error) => problem = Some(error.to_string()),
             }
             // Our own transactions are announced, too, as one batch each.
@@ -824,38 +861,83 @@ fn drain(monitor: &mut RulesetMonitor, expected: usize) -> Option<bool> {
     }
 }
 
-/// Puts the filter into force, gently if possible; also says how many transactions that took.
-fn load(wanted: Filter, before: Option<&Loaded>) -> Result<(Loaded, usize), FilterError> {
+/// Puts filter and guard into force, gently if possible, and counts transactions. A guard that cannot be had does not
+/// stop the filter: what was loaded is then without one, beside the reason.
+fn load(
+    mut wanted: Filter,
+    before: Option<&Loaded>,
+    transactions: &mut usize,
+) -> Result<(Loaded, Option<FilterError>), FilterError> {
     let start = Instant::now();
-    let mut transactions = 0;
+    let already = *transactions;
     let mut whole = false;
     for (family, table) in wanted.tables.iter() {
         match table {
             Some(table) => {
                 let before = before.and_then(|before| before.filter.table(family));
-                whole |= !load_table(table, before, &mut transactions)?;
+                whole |= !load_table(table, before, transactions)?;
             }
             // Known to be away, or another backend's.
             None if before.is_some_and(|before| before.filter.table(family).is_none()) => {}
-            None => transactions += usize::from(remove_table(family)?),
+            None => *transactions += usize::from(remove_table(place(family))?),
         }
     }
+    let guarded = load_guard(wanted.guard.as_ref(), before, transactions);
+    if guarded.is_err() {
+        wanted.guard = None;
+    }
     let listing = listing(&wanted)?;
-    tracing::info!(
-        peers = wanted
-            .tables
-            .iter()
-            .filter_map(|(_, table)| Some(table.as_ref()?.peers.len()))
-            .sum::<usize>(),
-        whole,
-        took_ms = start.elapsed().as_millis(),
-        "peer filter set"
-    );
+    if *transactions > already {
+        tracing::info!(
+            peers = wanted
+                .tables
+                .iter()
+                .filter_map(|(_, table)| Some(table.as_ref()?.peers.len()))
+                .sum::<usize>(),
+            guarded = ?wanted.guard.as_ref().map(|guard| &guard.interfaces),
+            whole,
+            took_ms = start.elapsed().as_millis(),
+            "peer filter set"
+        );
+    }
     let loaded = Loaded {
         filter: wanted,
         listing,
     };
-    Ok((loaded, transactions))
+    Ok((loaded, guarded.err()))
+}
+
+/// Puts the guard into force, or away.
+fn load_guard(
+    wanted: Option<&Guard>,
+    before: Option<&Loaded>,
+    transactions: &mut usize,
+) -> Result<(), FilterError> {
+    let before = before.map(|before| before.filter.guard.as_ref());
+    let Some(wanted) = wanted else {
+        if before != Some(None) {
+            *transactions += usize::from(remove_guard()?);
+        }
+        return Ok(());
+    };
+    if let Some(Some(before)) = before {
+        let update = wanted.update(before);
+        // An update fails where another program has taken an element.
+        if update.is_empty() {
+            return Ok(());
+        }
+        if run(&["-f", "-"], &update).is_ok() {
+            *transactions += 1;
+            return Ok(());
+        }
+    }
+    let text = wanted.replace(guard_count()?.as_ref());
+    run(&["-f", "-"], &text).map_err(|error| match error {
+        FilterError::Refused(reason) => FilterError::Guard(reason),
+        other => other,
+    })?;
+    *transactions += 1;
+    Ok(())
 }
 
 /// Puts one table into force; whether changing its elements was enough.
@@ -882,7 +964,10 @@ fn load_table(
     });
     // Something of another kind stands under one of our names: away with all of it.
     if !in_two_steps {
-        let counts = counts_of(wanted.family).ok().flatten().unwrap_or_default();
+        let counts = counts_in(place(wanted.family))
+            .ok()
+            .flatten()
+            .unwrap_or_default();
         commit(&wanted.replace(&counts))?;
     }
     Ok(false)
@@ -893,7 +978,7 @@ fn report(shared: &Shared, problem: Option<String>) {
     if wanted.problem != problem {
         match &problem {
             Some(problem) => tracing::warn!("{problem}"),
-            None => tracing::info!("the peer filter is in force again"),
+            None => tracing::info!("peer filter and guard are in force again"),
         }
         wanted.problem = problem;
     }

@@ -29,6 +29,9 @@ pub struct State {
     /// The families whose tunnel packets are filtered.
     #[serde(default)]
     pub filtered: Vec<String>,
+    /// Pods may not send in the name of nodes.
+    #[serde(default)]
+    pub guard: bool,
     /// The underlay interface, if one was found.
     pub underlay: Option<String>,
     /// The interfaces that workers send by, with their NICs.

@@ -423,9 +423,10 @@ fn the_operator_sees_and_cleans_up() {
     }
     let data_plane = FakeDataPlane::start(&node);
     node.wait_ip("route get 10.244.2.7", |route| route.contains("dev rip0"));
-    eventually("the filter", || {
+    // The guard comes after the filter.
+    eventually("filter and guard", || {
         node.namespace
-            .try_command("nft", "list table ip ripstop")
+            .try_command("nft", "list table inet ripstop-guard")
             .status
             .success()
             .then_some(())
@@ -436,7 +437,7 @@ fn the_operator_sees_and_cleans_up() {
     for part in [
         "path           mixed",
         "rip0 present, rule present, 1 routes",
-        "peer filter present",
+        "peer filter present; guard on",
         "copy",
         "n3 (172.16.8.8): no route",
     ] {

@@ -191,11 +191,11 @@ fn classify(kind: u16, payload: &[u8], interests: &Interests) -> Dirty {
     dirty
 }
 
-/// A subscription to changes of one nftables table.
+/// A subscription to changes of some nftables tables.
 pub struct RulesetMonitor {
     socket: Socket,
     buffer: Vec<u8>,
-    table: Vec<u8>,
+    tables: Vec<Vec<u8>>,
     touched: bool,
 }
 
@@ -212,8 +212,8 @@ impl AsFd for RulesetMonitor {
 }
 
 impl RulesetMonitor {
-    /// Subscribes to changes of the table named `table`.
-    pub fn open(table: &str) -> Result<Self, NetlinkError> {
+    /// Subscribes to changes of the tables with these names.
+    pub fn open(tables: &[&str]) -> Result<Self, NetlinkError> {
         /// `NFNLGRP_NFTABLES` (nfnetlink.h).
         const GROUP: u32 = 7;
         let socket = open_socket(NETLINK_NETFILTER)?;
@@ -223,16 +223,16 @@ impl RulesetMonitor {
         socket
             .add_membership(GROUP)
             .map_err(step("subscribe to ruleset changes"))?;
-        let table = [table.as_bytes(), &[0]].concat();
+        let terminated = |name: &&str| [name.as_bytes(), &[0]].concat();
         Ok(Self {
             socket,
             buffer: Vec::new(),
-            table,
+            tables: tables.iter().map(terminated).collect(),
             touched: false,
         })
     }
 
-    /// Reads all announcements that are waiting; how many transactions touched the table.
+    /// Reads all announcements that are waiting; how many transactions touched the tables.
     pub fn drain(&mut self) -> Result<usize, NetlinkError> {
         /// `NFNL_SUBSYS_NFTABLES`, the high byte of every message type.
         const SUBSYSTEM: u16 = 10 << 8;
@@ -240,7 +240,7 @@ impl RulesetMonitor {
         const NEW_GENERATION: u16 = SUBSYSTEM | 15;
         let mut batches = 0;
         while receive_into(&self.socket, &mut self.buffer)? {
-            let (table, touched) = (&self.table, &mut self.touched);
+            let (tables, touched) = (&self.tables, &mut self.touched);
             for_each_message(&self.buffer, |kind, _, _, payload| {
                 if kind == NEW_GENERATION {
                     batches += usize::from(*touched);
@@ -249,8 +249,8 @@ impl RulesetMonitor {
                 }
                 // struct nfgenmsg is four bytes; attribute 1 of every other message names the table.
                 let attributes_start = payload.get(4..).unwrap_or_default();
-                *touched |=
-                    attributes(attributes_start).any(|(kind, value)| kind == 1 && value == *table);
+                *touched |= attributes(attributes_start)
+                    .any(|(kind, value)| kind == 1 && tables.iter().any(|table| value == *table));
             });
         }
         Ok(batches)

@@ -64,6 +64,11 @@ impl Node {
     }
 
     pub(crate) fn start(&self) -> Process {
+        self.start_through(&[CONTROLPLANE], &[])
+    }
+
+    /// Starts it by another command, with further flags.
+    pub(crate) fn start_through(&self, command: &[&str], flags: &[&str]) -> Process {
         let path = |name: &str| {
             self.directory
                 .path()
@@ -73,19 +78,19 @@ impl Node {
                 .to_owned()
         };
         let node_name = format!("n{}", self.own);
-        self.namespace.spawn(
-            CONTROLPLANE,
-            &[
-                "--net-config-path",
-                &path("net-conf.json"),
-                "--lease-file",
-                &path("leases.json"),
-                "--run-dir",
-                &path("run"),
-                "--node-name",
-                &node_name,
-            ],
-        )
+        let (conf, leases, run_dir) = (path("net-conf.json"), path("leases.json"), path("run"));
+        let own = [
+            "--net-config-path",
+            &conf,
+            "--lease-file",
+            &leases,
+            "--run-dir",
+            &run_dir,
+            "--node-name",
+            &node_name,
+        ];
+        let arguments = [&command[1..], &own, flags].concat();
+        self.namespace.spawn(command[0], &arguments)
     }
 
     pub(crate) fn cli(&self, arguments: &str) -> (String, i32) {
