@@ -8,8 +8,9 @@
 //! ```
 //!
 //! Each row is one good packet of the backend with one thing wrong. What the workers must refuse they count under
-//! exactly one name; what is not for the tunnel the kernel must have no use for; and none of it reaches a pod, or
-//! leaves the node again. `only_peers.rs` goes further into VXLAN over IPv4.
+//! exactly one name; what is not for the tunnel the kernel must have no use for; what pods send as nodes the guard
+//! counts; and none of it reaches a pod, or leaves the node again. Without a data plane the same holds for all that is
+//! not for the workers alone to see, which is printed. `only_peers.rs` goes further into VXLAN over IPv4.
 
 #[expect(dead_code, reason = "every test binary uses its own part")]
 mod common;
@@ -19,12 +20,12 @@ use core::time::Duration;
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use common::{PATIENCE, check_conservation, find, settled};
+use common::{PATIENCE, check_conservation, find, nft_counts, settled};
 use ripstop_fib::DropReason;
 use ripstop_perf::{
     Backend, Capture, CapturedFrame, Direction, Ethernet, Fabric, Families, Family, Frame, Header,
-    Host, Injector, Ipv4, Ipv6, Lab, LabBuilder, Mac, Udp, UdpChecksum, Vxlan, Workers, address,
-    icmp, icmp6, wait_until,
+    Host, Injector, Ipv4, Ipv6, Lab, LabBuilder, Mac, Node, Udp, UdpChecksum, Vxlan, address, icmp,
+    icmp6, wait_until,
 };
 
 const VICTIM: u8 = 1;
@@ -32,8 +33,8 @@ const PEER: u8 = 2;
 const OTHER: u8 = 3;
 /// So often is each frame sent.
 const ROUNDS: u64 = 3;
-/// How long workers may take to publish what they have counted.
-const COUNTED: Duration = Duration::from_secs(3);
+/// How long workers may take to publish what they have counted; a fraction of a second where the cores are free.
+const COUNTED: Duration = Duration::from_secs(20);
 /// In every packet that must not arrive, and in the one that must.
 const MARKER: &[u8] = b"intruder";
 const WELCOME: &[u8] = b"welcome!";
@@ -50,10 +51,10 @@ enum Gate {
     Worker(DropReason),
     /// The XDP program leaves it to the kernel, which has no use for it.
     Kernel,
-    /// Nobody: there is no tunnel, and the kernel routes it as every router does, and as flannel's.
-    Routed,
+    /// The control plane's guard in the kernel.
+    Guard,
 }
-use Gate::{Kernel, Routed, Worker};
+use Gate::{Guard, Kernel, Worker};
 
 /// Where it comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -671,27 +672,39 @@ fn other_tunnels(attacks: &mut Attacks<'_>) {
 /// Classes 4 and 6, from inside: a pod that pretends to be another pod, or a node, or a router.
 fn from_a_pod(attacks: &mut Attacks<'_>) {
     use DropReason::{IcmpRedirect, NeighbourDiscovery, SourceNotLocal};
-    // To a direct peer the node routes what is from nobody's pod, such as its own packets, without its workers.
-    let outside = if attacks.target.takes_direct() {
-        Routed
-    } else {
-        Worker(SourceNotLocal)
-    };
-    let refused = Worker(SourceNotLocal);
-    let (other, receiver) = (address::pod(OTHER, 0), address::pod(PEER, 9));
-    let (other6, receiver6) = (address::pod6(OTHER, 0), address::pod6(PEER, 9));
-    let (nobody, node) = (address::pod(99, 0), address::underlay(OTHER));
-    let (nobody6, node6) = (address::pod6(99, 0), address::underlay6(OTHER));
-    for (name, gate, four, six) in [
-        ("another node's pod", refused, other, other6),
-        ("a pod of the receiver", refused, receiver, receiver6),
-        ("a pod of nobody", refused, nobody, nobody6),
-        ("another node", outside, node, node6),
+    for (name, four, six) in [
+        (
+            "another node's pod",
+            address::pod(OTHER, 0),
+            address::pod6(OTHER, 0),
+        ),
+        (
+            "a pod of the receiver",
+            address::pod(PEER, 9),
+            address::pod6(PEER, 9),
+        ),
+        ("a pod of nobody", address::pod(99, 0), address::pod6(99, 0)),
     ] {
-        attacks.pod(&format!("in the name of {name}"), gate, |frame| {
+        attacks.pod(
+            &format!("in the name of {name}"),
+            Worker(SourceNotLocal),
+            |frame| spoof(frame, four, six),
+        );
+        attacks.workers_only();
+    }
+    for (name, node) in [("another node", OTHER), ("this node", VICTIM)] {
+        let (four, six) = (address::underlay(node), address::underlay6(node));
+        attacks.pod(&format!("in the name of {name}"), Guard, |frame| {
             spoof(frame, four, six);
         });
-        attacks.workers_only();
+        attacks.pod(
+            &format!("in the name of {name}, to a node"),
+            Guard,
+            |frame| {
+                spoof(frame, four, six);
+                aim(frame, address::underlay(PEER), address::underlay6(PEER));
+            },
+        );
     }
     match attacks.target.family {
         Family::Ipv4 => {
@@ -790,11 +803,23 @@ fn is_icmp_error(frame: &CapturedFrame) -> bool {
     }
 }
 
-/// The workers' drops since.
-fn dropped_since(now: &Workers, before: &Workers) -> BTreeMap<&'static str, u64> {
-    let before: BTreeMap<&str, u64> = before.drops().into_iter().collect();
-    let grown = now.drops().into_iter().map(|(reason, count)| {
-        let earlier = before.get(reason).copied().unwrap_or_default();
+/// What has been dropped, by name: by the workers, and by the guard.
+type Drops = BTreeMap<String, u64>;
+
+const GUARDED: &str = "guard_node_source";
+
+fn drops(node: &Node) -> Result<Drops> {
+    let by_workers = node.workers()?.drops().into_iter();
+    let mut drops: Drops = by_workers
+        .map(|(reason, count)| (reason.to_owned(), count))
+        .collect();
+    drops.extend(nft_counts(node, ["inet", "ripstop-guard"])?);
+    Ok(drops)
+}
+
+fn dropped_since(now: Drops, before: &Drops) -> Drops {
+    let grown = now.into_iter().map(|(reason, count)| {
+        let earlier = before.get(&reason).copied().unwrap_or_default();
         (reason, count - earlier)
     });
     grown.filter(|(_, count)| *count > 0).collect()
@@ -824,24 +849,26 @@ fn attack_workers(lab: &Lab, target: Target) -> Result<(Vec<String>, Vec<String>
     let victim = lab.node(VICTIM);
     let (guns, watch) = (Guns::new(lab)?, Watch::start(lab)?);
     let (mut lines, mut faults) = (Vec::new(), Vec::new());
-    let before = settled(lab, victim)?.0;
-    let mut expected: BTreeMap<&str, u64> = BTreeMap::new();
-    let (attacks, routed): (Vec<_>, Vec<_>) = attacks(lab, target)
-        .into_iter()
-        .partition(|attack| attack.gate != Routed);
-    for attack in attacks {
+    settled(lab, victim)?;
+    let before = drops(victim)?;
+    let mut expected = Drops::new();
+    for attack in attacks(lab, target) {
         guns.fire(&attack)?;
-        let Worker(reason) = attack.gate else {
-            let line = "left to the kernel, which has no use for it";
-            lines.push(format!("| {} | {line} |", attack.name));
-            continue;
+        let (reason, by) = match attack.gate {
+            Worker(reason) => (reason.name(), "a worker"),
+            Guard => (GUARDED, "the guard"),
+            Kernel => {
+                let line = "left to the kernel, which has no use for it";
+                lines.push(format!("| {} | {line} |", attack.name));
+                continue;
+            }
         };
-        lines.push(format!("| {} | {} |", attack.name, reason.name()));
-        *expected.entry(reason.name()).or_default() += ROUNDS;
-        let mut found = BTreeMap::new();
+        let alone = if attack.workers_only { " alone" } else { "" };
+        lines.push(format!("| {} | {by}{alone}: {reason} |", attack.name));
+        *expected.entry(reason.to_owned()).or_default() += ROUNDS;
+        let mut found = Drops::new();
         let counted = wait_until("counted", COUNTED, || {
-            let now = victim.workers();
-            found = now.map_or_else(|_| BTreeMap::new(), |now| dropped_since(&now, &before));
+            found = drops(victim).map_or_else(|_| Drops::new(), |now| dropped_since(now, &before));
             found == expected
         });
         if counted.is_err() {
@@ -855,16 +882,9 @@ fn attack_workers(lab: &Lab, target: Target) -> Result<(Vec<String>, Vec<String>
     if let Err(error) = watch.finish() {
         faults.push(format!("{error:#}"));
     }
-    for attack in routed {
-        guns.fire(&attack)?;
-        lines.push(format!(
-            "| {} | left to the kernel, which routes it |",
-            attack.name
-        ));
-    }
-    // Nothing was counted twice, or later, or by the workers at all.
+    // Nothing was counted twice, or later.
     let last = settled(lab, victim)?.0;
-    let found = dropped_since(&last, &before);
+    let found = dropped_since(drops(victim)?, &before);
     if found != expected {
         faults.push(format!(
             "in the end dropped are {found:?} and not {expected:?}"
@@ -874,25 +894,48 @@ fn attack_workers(lab: &Lab, target: Target) -> Result<(Vec<String>, Vec<String>
     Ok((lines, faults))
 }
 
+/// Without a data plane: what is not for the workers alone reaches nobody, and the guard counts as before.
+fn attack_kernel(lab: &Lab, target: Target) -> Result<()> {
+    let guarded = || {
+        let counts = nft_counts(lab.node(VICTIM), ["inet", "ripstop-guard"])?;
+        Ok::<_, anyhow::Error>(counts.get(GUARDED).copied().unwrap_or_default())
+    };
+    let (guns, watch) = (Guns::new(lab)?, Watch::start(lab)?);
+    let mut expected = guarded()?;
+    for attack in attacks(lab, target) {
+        if !attack.workers_only {
+            guns.fire(&attack)?;
+            expected += if attack.gate == Guard { ROUNDS } else { 0 };
+        }
+    }
+    wait_until("the guard has counted", COUNTED, || {
+        guarded().is_ok_and(|count| count >= expected)
+    })?;
+    let count = guarded()?;
+    ensure!(
+        count == expected,
+        "the guard has counted {count} and not {expected}"
+    );
+    watch.finish()
+}
+
 #[expect(clippy::print_stdout, reason = "a row for each attack, for the reader")]
 fn run(target: Target) -> Result<()> {
     let name = target.name();
     target.lab().run(|lab| {
         lab.start_ripstop()?;
+        let victim = lab.node(VICTIM);
+        wait_until("the guard watches the pods", PATIENCE, || {
+            let pods = victim.output(&["nft", "list", "set", "inet", "ripstop-guard", "pods"]);
+            pods.is_ok_and(|text| text.contains("cni0"))
+        })?;
         check_welcome(lab, target)?;
         let (lines, mut faults) = attack_workers(lab, target)?;
         println!("\n{name}: {} attacks\n\n{}", lines.len(), lines.join("\n"));
         check_welcome(lab, target)?;
 
-        lab.node(VICTIM).kill_dataplane();
-        let guns = Guns::new(lab)?;
-        let watch = Watch::start(lab)?;
-        let attacks = attacks(lab, target);
-        let for_kernel = |attack: &&Attack| !attack.workers_only && attack.gate != Routed;
-        for attack in attacks.iter().filter(for_kernel) {
-            guns.fire(attack)?;
-        }
-        if let Err(error) = watch.finish() {
+        victim.kill_dataplane();
+        if let Err(error) = attack_kernel(lab, target) {
             faults.push(format!("without a data plane: {error:#}"));
         }
         ensure!(faults.is_empty(), "{name}:\n{}", faults.join("\n"));

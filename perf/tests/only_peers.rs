@@ -28,14 +28,14 @@ use attacks::{
     payload,
 };
 use common::{
-    ECHO_REPLY, PATIENCE, by_worker, by_xdp, check_conservation, quiet, refused_since, xdp,
+    ECHO_REPLY, PATIENCE, by_worker, by_xdp, check_conservation, nft_counts, quiet, refused_since,
+    xdp,
 };
 use ripstop_fib::stats::{Counter, XdpCounter};
 use ripstop_perf::{
     Capture, CapturedFrame, Direction, Fabric, Host, Inner, Ipv4, Lab, Mac, Node, Ping, Udp,
     UdpChecksum, VxlanFrame, address, tcp_transfer, udp_echo, udp_payload_max, wait_until,
 };
-use serde_json::Value;
 
 /// Everything that an attack must not reach.
 struct Watch {
@@ -114,17 +114,7 @@ fn is_icmp_error(frame: &CapturedFrame) -> bool {
 
 /// The filter's counters.
 fn filter_counts(node: &Node) -> Result<BTreeMap<String, u64>> {
-    let text = node.output(&["nft", "-j", "list", "counters", "table", "ip", "ripstop"])?;
-    let answer: Value = serde_json::from_str(&text).context("answer of nft")?;
-    let objects = answer["nftables"].as_array().context("answer of nft")?;
-    let counters = objects.iter().filter_map(|object| {
-        let counter = object.get("counter")?;
-        Some((
-            counter["name"].as_str()?.to_owned(),
-            counter["packets"].as_u64()?,
-        ))
-    });
-    Ok(counters.filter(|(_, packets)| *packets > 0).collect())
+    nft_counts(node, ["ip", "ripstop"])
 }
 
 fn wait_for_filter(node: &Node) -> Result<()> {

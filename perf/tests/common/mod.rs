@@ -4,13 +4,14 @@ use core::time::Duration;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ripstop_fib::DropReason;
 use ripstop_fib::map::monotonic_ns;
 use ripstop_fib::stats::{Counter, Gauge, KernelCounter, XdpCounter};
 use ripstop_perf::{
     Fabric, Host, Injector, KernelCounters, Lab, Node, Workers, address, wait_until,
 };
+use serde_json::Value;
 
 /// How long a wait may take on a machine that has much else to do.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -106,6 +107,20 @@ fn account_of(workers: &Workers) -> Vec<u64> {
 
 /// What the kernel calls packets that it took for a socket and did not deliver.
 const LOST: [KernelCounter; 2] = [KernelCounter::RxDropped, KernelCounter::RxRingFull];
+
+/// The counters of a table of nftables, without those that are zero.
+pub(crate) fn nft_counts(node: &Node, table: [&str; 2]) -> Result<BTreeMap<String, u64>> {
+    let list = ["nft", "-j", "list", "counters", "table"];
+    let text = node.output(&[&list[..], &table].concat())?;
+    let answer: Value = serde_json::from_str(&text).context("answer of nft")?;
+    let objects = answer["nftables"].as_array().context("answer of nft")?;
+    let counters = objects.iter().filter_map(|object| {
+        let counter = object.get("counter")?;
+        let name = counter["name"].as_str()?.to_owned();
+        Some((name, counter["packets"].as_u64()?))
+    });
+    Ok(counters.filter(|(_, packets)| *packets > 0).collect())
+}
 
 /// One outcome of the XDP program, over all NICs.
 pub(crate) fn xdp(workers: &Workers, outcome: XdpCounter) -> u64 {
