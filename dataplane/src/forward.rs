@@ -346,7 +346,7 @@ fn fits<A>(packet: &[u8], side: &Side<A>) -> Result<(), DropReason> {
     if packet.len() <= usize::from(side.pod_mtu) {
         Ok(())
     } else if side.pod_mtu == 0 {
-        Err(DropReason::HostNotIpv4)
+        Err(DropReason::HostWithoutLease)
     } else {
         Err(DropReason::TooBig)
     }

@@ -1049,7 +1049,7 @@ fn the_host_may_not_send_these() {
             node.v6 = None;
         });
         let found = send(&v4_only, &outgoing6().packet());
-        assert_eq!(found, Err(DropReason::HostNotIpv4));
+        assert_eq!(found, Err(DropReason::HostWithoutLease));
     }
 }
 

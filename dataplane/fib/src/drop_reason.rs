@@ -73,7 +73,7 @@ drop_reasons! {
     /// The kernel refused the packet at the host door (rip0): the device is down, or memory is short.
     HostWriteFailed = 21, "host_write_failed";
     /// The kernel handed over a packet of an address family that this node has no lease in.
-    HostNotIpv4 = 22, "host_not_ipv4";
+    HostWithoutLease = 22, "host_without_lease";
     /// The kernel handed over a packet whose IP header is impossible or does not agree with its length.
     HostHeader = 23, "host_header";
     /// No lease covers the destination: it went away after the packet was routed to rip0.

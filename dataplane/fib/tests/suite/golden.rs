@@ -313,7 +313,7 @@ fn the_catalogues() {
         "outer_truncated outer_header outer_fragment outer_checksum outer_length outer_destination \
          vxlan_flags vxlan_vni unknown_peer inner_truncated inner_destination_mac inner_source_mac \
          inner_vlan inner_ether_type inner_header inner_length inner_checksum inner_source \
-         inner_destination ecn_not_capable multi_buffer host_write_failed host_not_ipv4 \
+         inner_destination ecn_not_capable multi_buffer host_write_failed host_without_lease \
          host_header no_route unresolved local_destination too_big no_table table_damaged \
          nic_transmit_full outer_udp_checksum inner_fragment neighbour_discovery icmp_redirect \
          source_not_local unknown_source",
