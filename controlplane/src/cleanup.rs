@@ -263,7 +263,7 @@ fn remove_port(state: Option<&State>, run_dir: &Path) -> Result<Option<String>, 
     let Some(port) = port else { return Ok(None) };
     let removed = match Fou::open() {
         // What the kernel does not have, it does not hold.
-        Err(FouError::Missing) => false,
+        Err(FouError::Missing { .. }) => false,
         Err(error) => return Err(error.into()),
         Ok(mut fou) => fou.remove(port)?,
     };

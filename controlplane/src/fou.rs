@@ -1,7 +1,12 @@
 //! Foo-over-UDP receive ports: what makes the kernel take `udp` backend packets out of their UDP datagrams.
 //!
+//! The kernel does not load the module on demand, unlike those of the tunnel devices: somebody has to run `modprobe`.
+//!
 //! They are configured by generic netlink, for which the route netlink client has no messages; the few that are needed
 //! are written here by hand (include/uapi/linux/fou.h, genetlink.h).
+
+use std::io;
+use std::process::Command;
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_sys::protocols::NETLINK_GENERIC;
@@ -30,8 +35,11 @@ const AF_INET: u8 = 2;
 #[derive(Debug, thiserror::Error)]
 pub enum FouError {
     /// The kernel has no foo-over-UDP.
-    #[error("standby missing: kernel lacks fou; load the module fou")]
-    Missing,
+    #[error("standby missing: kernel lacks fou; load the module fou (CONFIG_NET_FOU){modprobe}")]
+    Missing {
+        /// What came of loading it, if that was tried: a clause to end the sentence with.
+        modprobe: String,
+    },
     /// Talking to the kernel failed.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
@@ -45,6 +53,24 @@ pub enum FouError {
         /// What to do about it.
         hint: &'static str,
     },
+}
+
+/// Has `modprobe` load the module; what came of it, as a clause, unless it is loaded.
+pub fn load_module() -> Result<(), String> {
+    // A service's PATH may lack the directory.
+    for program in ["modprobe", "/usr/sbin/modprobe"] {
+        return match Command::new(program).arg("fou").output() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => Err(format!(": running modprobe: {error}")),
+            Ok(output) if output.status.success() => Ok(()),
+            Ok(output) => {
+                let errors = String::from_utf8_lossy(&output.stderr);
+                let reason = errors.lines().next().unwrap_or("no reason given");
+                Err(format!(": {}", reason.trim()))
+            }
+        };
+    }
+    Err(": there is no program modprobe here to do it".to_owned())
 }
 
 /// A connection to the kernel's foo-over-UDP, in the network namespace of the thread that opened it.
@@ -92,7 +118,7 @@ fn listed(payload: &[u8]) -> Option<(u16, u8)> {
 }
 
 impl Fou {
-    /// Opens a connection; the kernel loads the module if it can.
+    /// Opens a connection, if the module is there.
     pub fn open() -> Result<Self, FouError> {
         let mut talk = Talk::open(NETLINK_GENERIC)?;
         let mut payload = request(CTRL_CMD_GETFAMILY);
@@ -110,7 +136,9 @@ impl Fou {
                 refusal,
             }
             .into()),
-            _ => Err(FouError::Missing),
+            _ => Err(FouError::Missing {
+                modprobe: String::new(),
+            }),
         }
     }
 

@@ -1,5 +1,9 @@
 //! Which interface carries the tunnel packets, and under which address.
 //!
+//! A public IP may also lie on the loopback interface, as where nodes announce themselves by BGP over several uplinks.
+//! It then says nothing about the interface, which is the default route's or `--iface`'s, and is an address there all
+//! the same; flannel would take `lo`, which can carry nothing.
+//!
 //! Pure: the choice is made from lists of links, addresses and routes, anew whenever one of them changes.
 
 use core::fmt;
@@ -181,6 +185,11 @@ impl<'a> View<'a> {
         self.links.iter().find(|link| link.index == owner.link)
     }
 
+    /// The address is the node's and belongs to no link.
+    fn is_on_loopback(&self, address: IpAddr) -> bool {
+        !address.is_loopback() && self.owner(address).is_some_and(|link| link.loopback)
+    }
+
     /// The first default route of the dump, as flannel takes it.
     fn default_route(&self, family: Family) -> Option<&'a Link> {
         let route = self.routes.iter().find(|route| {
@@ -227,7 +236,7 @@ impl<'a> View<'a> {
     }
 }
 
-/// The interface on which both families' addresses are, as far as any of them is anyone's.
+/// The interface on which both families' addresses are, as far as any of them is on one.
 fn common_owner<'a>(
     view: &View<'a>,
     selection: &Selection,
@@ -236,7 +245,7 @@ fn common_owner<'a>(
     let owner = |family| {
         let on = *selection.families.get(family);
         let address = addresses.get(family).filter(|_| on)?;
-        view.owner(address)
+        view.owner(address).filter(|link| !link.loopback)
     };
     match (owner(Family::V4), owner(Family::V6)) {
         (Some(v4), Some(v6)) if v4.index != v6.index => Err(InterfaceError::OwnersDiffer {
@@ -289,12 +298,17 @@ pub fn select(selection: &Selection, view: View<'_>) -> Result<Underlay, Interfa
             link
         } else if let Some(address) = selection.public_ips.v4.or(selection.public_ips.v6) {
             fixed = selection.public_ips;
-            common_owner(&view, selection, &selection.public_ips)?.ok_or_else(|| {
-                InterfaceError::NoOwner {
-                    address,
-                    present: view.names(),
+            match common_owner(&view, selection, &selection.public_ips)? {
+                Some(owner) => owner,
+                None if view.is_on_loopback(address) => by_default_route(&view, selection)?
+                    .ok_or(InterfaceError::NoDefault { lease_ip: None })?,
+                None => {
+                    return Err(InterfaceError::NoOwner {
+                        address,
+                        present: view.names(),
+                    });
                 }
-            })?
+            }
         } else {
             // A lease that names an address of ours leaves no choice; flannel, which writes the lease itself, has none yet.
             match common_owner(&view, selection, &selection.lease_ips)? {
@@ -342,8 +356,10 @@ fn address_on(
         *selection.public_ips.get(family),
         *selection.lease_ips.get(family),
     );
+    // To host-gw's peers it would be no next hop.
+    let floats = |wanted| !selection.host_gw && view.is_on_loopback(wanted);
     let address = match (public_ip.or(lease), fixed) {
-        (Some(wanted), _) if usable.contains(&wanted) => wanted,
+        (Some(wanted), _) if usable.contains(&wanted) || floats(wanted) => wanted,
         (_, Some(fixed)) if usable.contains(&fixed) => fixed,
         _ => *usable.first().ok_or_else(|| InterfaceError::NoAddress {
             family,
@@ -603,6 +619,76 @@ mod tests {
         let chosen = select(&six, view).unwrap();
         assert_eq!((chosen.name.as_str(), chosen.addresses.v4), ("eth1", None));
         assert_eq!(chosen.addresses.v6, ip("fd00:200::1"));
+    }
+
+    #[test]
+    fn a_public_ip_may_be_on_the_loopback_interface() {
+        let links = [link(1, "lo"), link(2, "eth0"), link(3, "eth1")];
+        let addresses = [
+            address(1, "127.0.0.1/8"),
+            address(1, "10.200.0.1/32"),
+            address(1, "fd00:200::1/128"),
+            address(2, "10.0.0.1/31"),
+            address(2, "fe80::1/64"),
+            address(3, "fe80::2/64"),
+        ];
+        let routes = [default_route(2, "0.0.0.0/0"), default_route(2, "::/0")];
+        let view = View {
+            links: &links,
+            addresses: &addresses,
+            routes: &routes,
+        };
+        let ip = |text: &str| Some(text.parse::<IpAddr>().unwrap());
+        let floating = PerFamily {
+            v4: ip("10.200.0.1"),
+            v6: ip("fd00:200::1"),
+        };
+        let by_lease = Selection {
+            lease_ips: floating,
+            families: PerFamily { v4: true, v6: true },
+            ..Selection::default()
+        };
+        let by_flag = Selection {
+            public_ips: floating,
+            ..by_lease.clone()
+        };
+        // An interface without an address of its own, as between BGP neighbours.
+        let by_name = Selection {
+            ifaces: vec!["eth1".to_owned()],
+            ..by_lease.clone()
+        };
+        for (selection, name) in [(&by_lease, "eth0"), (&by_flag, "eth0"), (&by_name, "eth1")] {
+            let chosen = select(selection, view).unwrap();
+            assert_eq!((chosen.name.as_str(), chosen.addresses), (name, floating));
+        }
+        let without_default = View {
+            routes: &[],
+            ..view
+        };
+        assert_eq!(
+            select(&by_flag, without_default),
+            Err(InterfaceError::NoDefault { lease_ip: None })
+        );
+        // What nobody has is nobody's, and no next hop of others.
+        let nobodys = Selection {
+            lease_ips: PerFamily {
+                v4: ip("10.200.0.9"),
+                v6: None,
+            },
+            ..by_lease.clone()
+        };
+        assert!(matches!(
+            select(&nobodys, view),
+            Err(InterfaceError::LeaseMismatch { .. })
+        ));
+        let host_gw = Selection {
+            host_gw: true,
+            ..by_lease
+        };
+        assert!(matches!(
+            select(&host_gw, view),
+            Err(InterfaceError::PublicIpDiffers { .. })
+        ));
     }
 
     #[test]

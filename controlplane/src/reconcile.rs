@@ -33,7 +33,7 @@ use ripstop_fib::map::MapError;
 use crate::compile::compile;
 use crate::detour;
 use crate::family::{Family, PerFamily};
-use crate::fou::{Fou, FouError};
+use crate::fou::{self, Fou, FouError};
 use crate::guard::{self, Guard};
 use crate::interface::{self, InterfaceError, Selection, Underlay, View};
 use crate::lease::{Lease, LeaseEvent, LeaseSet};
@@ -246,6 +246,8 @@ pub struct Reconciler {
     /// What a control plane before us left, by its own account: to be removed where we want something else.
     former_devices: Vec<String>,
     former_fou: Option<u16>,
+    /// What came of loading the module for it, if that was tried.
+    fou_module: Option<Result<(), String>>,
     /// The standby's budget was used up: when its work began, and what it has done.
     standby_unfinished: bool,
     standby_since: Option<Instant>,
@@ -310,6 +312,7 @@ impl Reconciler {
             standby_links: PerFamily::default(),
             former_devices: former.standby_devices,
             former_fou: former.fou_port,
+            fou_module: None,
             standby_unfinished: false,
             standby_since: None,
             standby_changes: 0,
@@ -594,12 +597,16 @@ impl Reconciler {
         Ok(())
     }
 
+    /// Whether there is to be a guard: what other nodes' pods get is not the `alloc` backend's business.
+    fn is_guarded(&self) -> bool {
+        self.settings.guard && self.settings.conf.backend != Backend::Alloc
+    }
+
     /// What the guard has to be, unless it is off.
     fn guard(&self, leases: &LeaseSet, addresses: &[Address]) -> Option<Guard> {
-        let Settings { conf, guard, .. } = &self.settings;
-        guard.then(|| Guard {
+        self.is_guarded().then(|| Guard {
             nodes: Arc::clone(&self.nodes),
-            interfaces: guard::interfaces(leases, conf, &self.links, addresses),
+            interfaces: guard::interfaces(leases, &self.settings.conf, &self.links, addresses),
         })
     }
 
@@ -757,7 +764,7 @@ impl Reconciler {
         let mut errors = Vec::new();
         errors.extend(self.remove_former().err());
         if let Backend::Udp { port } = self.settings.conf.backend {
-            let ensured = Fou::open().and_then(|mut fou| fou.ensure(port));
+            let ensured = self.open_fou().and_then(|mut fou| fou.ensure(port));
             errors.extend(ensured.err().map(StepError::Fou));
         }
         let mut remaining = 0;
@@ -808,6 +815,24 @@ impl Reconciler {
         all_of(errors)
     }
 
+    /// Opens foo-over-UDP; where the kernel lacks it, has the module loaded, once.
+    fn open_fou(&mut self) -> Result<Fou, FouError> {
+        let opened = Fou::open();
+        if !matches!(opened, Err(FouError::Missing { .. })) {
+            return opened;
+        }
+        let first = self.fou_module.is_none();
+        let loaded = self.fou_module.get_or_insert_with(fou::load_module);
+        match loaded {
+            Ok(()) if first => Fou::open(),
+            // Loaded and still not there, or taken away since.
+            Ok(()) => opened,
+            Err(modprobe) => Err(FouError::Missing {
+                modprobe: modprobe.clone(),
+            }),
+        }
+    }
+
     /// Removes tunnel devices and the receive port that another backend of ours left.
     fn remove_former(&mut self) -> Result<(), StepError> {
         let conf = &self.settings.conf;
@@ -831,7 +856,7 @@ impl Reconciler {
         if let Some(former) = self.former_fou.filter(|former| Some(*former) != port) {
             match Fou::open().and_then(|mut fou| fou.remove(former)) {
                 // What the kernel does not have, it does not hold.
-                Ok(_) | Err(FouError::Missing) => {}
+                Ok(_) | Err(FouError::Missing { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -1055,7 +1080,7 @@ impl Reconciler {
                 Backend::Alloc | Backend::HostGw | Backend::Vxlan(_) | Backend::Ipip { .. } => None,
             },
             filtered: devices().map(|(family, _)| family.to_string()).collect(),
-            guard: self.settings.guard,
+            guard: self.is_guarded(),
             underlay: self.underlay.as_ref().map(|underlay| underlay.name.clone()),
             uplinks: described(&self.uplinks),
             public_ips: own.iter().map(|own| own.public_ip).collect(),

@@ -934,7 +934,7 @@ fn load_guard(
     let text = wanted.replace(guard_count()?.as_ref());
     run(&["-f", "-"], &text).map_err(|error| match error {
         FilterError::Refused(reason) => FilterError::Guard(reason),
-        other => other,
+        other @ (FilterError::Missing | FilterError::Run(_) | FilterError::Guard(_)) => other,
     })?;
     *transactions += 1;
     Ok(())

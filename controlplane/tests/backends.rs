@@ -9,8 +9,11 @@
 
 mod common;
 
-use common::node::{FakeDataPlane, Node, wait_exit};
+use std::os::unix::fs::PermissionsExt as _;
+
+use common::node::{CONTROLPLANE, FakeDataPlane, Node, wait_exit};
 use common::{backend, dual, eventually, ip, lease, lease6};
+use ripstop_controlplane::fou::Fou;
 use ripstop_controlplane::lease::Lease;
 
 /// Gives the node a bridge with an address of its subnets, so that "from a pod" can be asked for.
@@ -325,11 +328,11 @@ fn host_gw_leaves_the_nodes_own_packets_alone() {
         device.contains("mtu 1500") && !device.contains("10.244."),
         "{device}"
     );
+    wait(&node, "nft list tables", "inet ripstop-guard");
+    let tables = node.namespace.command("nft", "list tables");
     assert!(
-        !node
-            .namespace
-            .command("nft", "list tables")
-            .contains("ripstop")
+        !tables.contains("ip ripstop"),
+        "no tunnel, no filter: {tables}"
     );
     let (text, code) = node.cli("status --interval 0");
     assert_eq!(code, 0, "{text}");
@@ -476,7 +479,8 @@ fn a_backend_that_changes_leaves_nothing_of_ours() {
     );
     wait_gone(&node, "ip link", "flannel.1:");
     wait_gone(&node, "ip link", "flannel-v6.1:");
-    wait_gone(&node, "nft list tables", "ripstop");
+    wait_gone(&node, "nft list tables", "ip ripstop");
+    wait(&node, "nft list tables", "inet ripstop-guard");
     stop(process);
     // IPv4 alone, in a tunnel that this kernel may not have.
     node.write_conf(&backend(r#"{"Type":"ipip"}"#));
@@ -551,5 +555,93 @@ fn host_gw_refuses_another_address_than_the_interfaces() {
             .then_some(())
     });
     assert!(!node.namespace.ip("route").contains("proto 82"));
+    stop(process);
+}
+
+/// The kernel does not load the module of foo-over-UDP by itself: `modprobe` is asked for it, once.
+#[test]
+fn the_module_of_the_udp_backend_is_loaded() {
+    let node = Node::new(1);
+    node.write_conf(&backend(r#"{"Type":"udp"}"#));
+    node.write_leases(&[lease(1), lease(2)]);
+    let has_fou = node.namespace.enter(|| Fou::open().is_ok());
+    let modprobe = node.directory.path().join("modprobe");
+    let refusing = "#!/bin/sh\necho \"$@\" >> \"$0.asked\"\necho 'modprobe: FATAL: not this one' >&2\nexit 1\n";
+    std::fs::write(&modprobe, refusing).unwrap();
+    std::fs::set_permissions(&modprobe, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let inherited = std::env::var("PATH").unwrap();
+    let path = format!("PATH={}:{inherited}", node.directory.path().display());
+    let process = node.start_through(&["env", &path, CONTROLPLANE], &[]);
+    node.wait_resolved(&["n2"]);
+    let asked = || std::fs::read_to_string(modprobe.with_extension("asked")).unwrap_or_default();
+    if has_fou {
+        // There is nothing to load.
+        wait(&node, "ip route", "dev flannel0");
+        assert_eq!(asked(), "");
+    } else {
+        let reported = || {
+            let wanted = "load the module fou (CONFIG_NET_FOU): modprobe: FATAL: not this one";
+            let problems = node.state().problems.join("\n");
+            problems.contains(wanted).then_some(())
+        };
+        eventually("what modprobe said is reported", reported);
+        // Everything is looked at again; the answer is the same, and nobody is asked again.
+
+        node.namespace.ip("route add 192.0.2.0/24 dev lo");
+        node.write_leases(&[lease(1), lease(2), lease(3)]);
+        node.wait_resolved(&["n2", "n3"]);
+        eventually("and again", reported);
+        assert_eq!(asked(), "fou\n");
+    }
+    stop(process);
+}
+
+/// Nodes that announce themselves by BGP have their address on `lo`, and only way stations on their uplinks.
+#[test]
+fn a_public_ip_on_loopback_is_one_of_the_default_routes_interface() {
+    let node = Node::new(1);
+    node.write_conf(&dual(r#"{"Type":"vxlan"}"#));
+    let floating = |n: u8| {
+        let four = Lease {
+            public_ip: ip(&format!("10.200.0.{n}")),
+            ..lease(n)
+        };
+        let six = Lease {
+            public_ip: ip(&format!("fd00:200::{n}")),
+            ..lease6(n)
+        };
+        [four, six]
+    };
+    node.write_leases(&[floating(1), floating(2)].concat());
+    for setting in [
+        "addr add 10.200.0.1/32 dev lo",
+        "addr add fd00:200::1/128 dev lo",
+        "route add default via 10.199.0.2",
+        "route add default via fd00:199::2",
+    ] {
+        node.namespace.ip(setting);
+    }
+    let process = node.start();
+    node.wait_resolved(&["n2", "n2"]);
+    let state = node.state();
+    assert_eq!(state.underlay.as_deref(), Some("eth0"));
+    assert_eq!(state.public_ips, [ip("10.200.0.1"), ip("fd00:200::1")]);
+    assert_eq!(state.pod_mtu, Some(1450));
+    wait(
+        &node,
+        "ip -d link show flannel.1",
+        "local 10.200.0.1 dev eth0",
+    );
+    wait(
+        &node,
+        "ip -d link show flannel-v6.1",
+        "local fd00:200::1 dev eth0",
+    );
+    let own = node.table_node();
+    let addresses: [core::net::IpAddr; 2] = [
+        own.v4.unwrap().address.into(),
+        own.v6.unwrap().address.into(),
+    ];
+    assert_eq!(addresses, [ip("10.200.0.1"), ip("fd00:200::1")]);
     stop(process);
 }
