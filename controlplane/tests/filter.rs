@@ -115,17 +115,27 @@ fn lab() -> Lab {
     .unwrap();
     let receiver = node.enter(|| {
         standby::reconcile(&mut Netlink::open().unwrap(), &desired, Duration::MAX).unwrap();
-        let receiver = UdpSocket::bind(("0.0.0.0", PORT)).unwrap();
-        receiver
-            .set_read_timeout(Some(Duration::from_millis(300)))
-            .unwrap();
-        receiver
+        UdpSocket::bind(("0.0.0.0", PORT)).unwrap()
     });
     Lab {
         node,
         outside,
         receiver,
     }
+}
+
+/// Length of the next datagram, which has all the time that a busy machine may take.
+fn arrives(receiver: &UdpSocket) -> usize {
+    let patience = Some(Duration::from_secs(60));
+    receiver.set_read_timeout(patience).unwrap();
+    receiver.recv(&mut [0; 4096]).expect("a packet")
+}
+
+/// Whether nothing has come, and nothing comes for a while.
+fn is_empty(receiver: &UdpSocket) -> bool {
+    let moment = Some(Duration::from_millis(300));
+    receiver.set_read_timeout(moment).unwrap();
+    receiver.recv(&mut [0; 4096]).is_err()
 }
 
 fn count(node: &Namespace, name: &str) -> u64 {
@@ -168,9 +178,8 @@ fn only_peers_get_into_the_kernels_tunnel() {
         ..GOOD
     }
     .send(&lab.outside);
-    lab.receiver
-        .recv(&mut [0; 4096])
-        .expect("the kernel's tunnel is open to all");
+    // The kernel's tunnel is open to all.
+    arrives(&lab.receiver);
 
     let filter = Filter::new(&leases(1, &[2, 3]), &netconf());
     let keeper = keeper(&lab, &filter);
@@ -195,12 +204,7 @@ fn only_peers_get_into_the_kernels_tunnel() {
         },
     ] {
         good.send(&lab.outside);
-        let mut buffer = [0; 4096];
-        let received = lab
-            .receiver
-            .recv(&mut buffer)
-            .unwrap_or_else(|error| panic!("{good:?}: {error}"));
-        assert_eq!(received, good.payload);
+        assert_eq!(arrives(&lab.receiver), good.payload, "{good:?}");
     }
     let ipv6 = 0x86dd;
     for (bad, counter) in [
@@ -315,23 +319,21 @@ fn only_peers_get_into_the_kernels_tunnel() {
         eventually(&format!("{bad:?} counted as {counter}"), || {
             (count(&lab.node, counter) == before + 1).then_some(())
         });
-        let received = lab.receiver.recv(&mut [0; 4096]);
-        assert!(received.is_err(), "{bad:?} got in");
+        assert!(is_empty(&lab.receiver), "{bad:?} got in");
     }
     // Peers leave and come; counts and the rest of the filter stay.
     let counted = count(&lab.node, "standby_unknown_peer");
     keeper.set(Filter::new(&leases(1, &[3]), &netconf()));
     wait_for_elements(&lab.node, 1);
     GOOD.send(&lab.outside);
-    assert!(
-        lab.receiver.recv(&mut [0; 4096]).is_err(),
-        "the peer has left"
-    );
-    assert_eq!(count(&lab.node, "standby_unknown_peer"), counted + 1);
+    eventually("a peer that has left is counted", || {
+        (count(&lab.node, "standby_unknown_peer") == counted + 1).then_some(())
+    });
+    assert!(is_empty(&lab.receiver), "the peer has left");
     keeper.set(filter.clone());
     wait_for_elements(&lab.node, 2);
     GOOD.send(&lab.outside);
-    lab.receiver.recv(&mut [0; 4096]).expect("the peer is back");
+    arrives(&lab.receiver);
     // The filter outlives its keeper, and a restart keeps the counts.
     drop(keeper);
     assert_eq!(count(&lab.node, "standby_unknown_peer"), counted + 1);
@@ -404,11 +406,7 @@ fn only_peers_get_into_the_kernels_ipv6_tunnel() {
     let desired = Desired::new(Family::V6, &set, &conf, &underlay(&node, 1), |_| None).unwrap();
     let receiver = node.enter(|| {
         standby::reconcile(&mut Netlink::open().unwrap(), &desired, Duration::MAX).unwrap();
-        let receiver = UdpSocket::bind(("::", PORT)).unwrap();
-        receiver
-            .set_read_timeout(Some(Duration::from_millis(300)))
-            .unwrap();
-        receiver
+        UdpSocket::bind(("::", PORT)).unwrap()
     });
     let keeper = node.enter(|| FilterKeeper::start().unwrap());
     keeper.set(Filter::new(&set, &conf));
@@ -433,10 +431,7 @@ fn only_peers_get_into_the_kernels_ipv6_tunnel() {
         "fd00:10:244:2:ffff:ffff:ffff:ffff",
     ] {
         send(peer, &vxlan6(inner, own, 0x86dd));
-        let received = receiver
-            .recv(&mut [0; 4096])
-            .unwrap_or_else(|error| panic!("{inner}: {error}"));
-        assert_eq!(received, 20);
+        assert_eq!(arrives(&receiver), 20, "{inner}");
     }
     let good = vxlan6("fd00:10:244:2::5", own, 0x86dd);
     for (from, packet, counter) in [
@@ -473,7 +468,7 @@ fn only_peers_get_into_the_kernels_ipv6_tunnel() {
         eventually(&format!("counted as {counter}"), || {
             (count(&node, counter) == before + 1).then_some(())
         });
-        assert!(receiver.recv(&mut [0; 4096]).is_err(), "{counter}: got in");
+        assert!(is_empty(&receiver), "{counter}: got in");
     }
     // A family that is switched off takes its table along, and the other stays.
     let four = common::netconf();
@@ -504,13 +499,7 @@ fn only_peers_get_into_the_udp_tunnel() {
     for n in [2, 3, 99] {
         outside.ip(&format!("addr add 10.199.0.{n}/24 dev peer0"));
     }
-    let receiver = node.enter(|| {
-        let receiver = UdpSocket::bind(("0.0.0.0", 8285)).unwrap();
-        receiver
-            .set_read_timeout(Some(Duration::from_millis(300)))
-            .unwrap();
-        receiver
-    });
+    let receiver = node.enter(|| UdpSocket::bind(("0.0.0.0", 8285)).unwrap());
     let conf = conf(&backend(r#"{"Type":"udp"}"#));
     let keeper = node.enter(|| FilterKeeper::start().unwrap());
     keeper.set(Filter::new(&leases(1, &[2, 3]), &conf));
@@ -537,7 +526,7 @@ fn only_peers_get_into_the_udp_tunnel() {
     let (peer, own) = ("10.199.0.2", "10.199.0.1");
     for (source, length) in [("10.244.2.5", 28), ("10.244.2.0", 20)] {
         send(peer, own, &inner(source, 4, length));
-        assert_eq!(receiver.recv(&mut [0; 100]).unwrap(), length);
+        assert_eq!(arrives(&receiver), length);
     }
     for (from, to, payload, counter) in [
         (
@@ -578,7 +567,7 @@ fn only_peers_get_into_the_udp_tunnel() {
         eventually(&format!("{from} to {to} counted as {counter}"), || {
             (count(&node, counter) == before + 1).then_some(())
         });
-        assert!(receiver.recv(&mut [0; 100]).is_err(), "{counter}: got in");
+        assert!(is_empty(&receiver), "{counter}: got in");
     }
 }
 

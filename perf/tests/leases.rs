@@ -31,7 +31,7 @@ use ripstop_perf::{
 };
 use serde_json::json;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(20);
 /// A packet that is not there after so long without any straggler is lost.
 const QUIET: Duration = Duration::from_millis(300);
 
@@ -177,8 +177,13 @@ fn change(lab: &Lab, what: &str, lease: &Lease, pod: &dyn Host, until: Until) ->
     let node = lab.node(1);
     let probe = |from, to| UdpFlow::new(from, to).rate(2000).start();
     let probes = [probe(lab.pod(1, 0), pod)?, probe(pod, lab.pod(1, 0))?];
-    sleep(Duration::from_millis(200));
     let arrived = |probe: &TrafficHandle| probe.snapshot().received;
+    sleep(Duration::from_millis(200));
+    if until == Until::Heard {
+        wait_until(&format!("{what}: n3 is heard"), PATIENCE, || {
+            arrived(&probes[1]) > 0
+        })?;
+    }
     let [there, back] = probes.each_ref().map(arrived);
     assert_eq!(
         (there, back > 0),

@@ -103,11 +103,8 @@ fn check(lab: &Lab, family: Family, expected: &[Way]) -> Result<()> {
     }
     let all: BTreeSet<&Way> = used.keys().collect();
     assert_eq!(all, expected.iter().collect(), "{family}: {used:?}");
-    // Of 64 flows over two ways, fewer than 12 on one come once in a few million times.
-    assert!(
-        used.values().all(|flows| *flows >= 12),
-        "{family}: {used:?}"
-    );
+    // Of 64 flows over two ways, fewer than 8 on one come once in 10^10 times.
+    assert!(used.values().all(|flows| *flows >= 8), "{family}: {used:?}");
     Ok(())
 }
 

@@ -405,9 +405,9 @@ fn a_flow_keeps_its_source_port_and_flows_have_different_ones() -> Result<()> {
                 );
             }
             let different: BTreeSet<&u16> = ports.values().flatten().collect();
-            // Of 64 flows over 28,000 ports, two may fall on one.
+            // Of 64 flows over 28,000 ports, two may fall on one; six times once in 10^10 runs, where the kernel draws.
             assert!(
-                different.len() >= 60,
+                different.len() >= 58,
                 "{} ports for {FLOWS} flows from {name}",
                 different.len()
             );

@@ -11,7 +11,7 @@ use ripstop_perf::{Capture, Family, Injector};
 
 use crate::generate::{self, Random};
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// Packets of each family and direction.
 pub(crate) const PACKETS: usize = 4000;
 /// So many at once: what the queues on the way hold.
