@@ -47,7 +47,7 @@ pub(crate) fn deliver4(
 }
 
 /// As [`deliver4`], for IPv6.
-#[inline]
+#[inline(always)]
 pub(crate) fn deliver6(
     packet: &[u8],
     strip: usize,

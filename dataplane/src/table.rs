@@ -84,10 +84,6 @@ pub struct Table<'r> {
     pub uplink: Option<u8>,
     /// 802.1Q identifier that frames on the worker's NIC carry; 0 for none.
     pub vlan: u16,
-    /// Whether all that can come over IPv4 is VXLAN, without a tag on the underlay.
-    pub only_vxlan: bool,
-    /// Whether IPv4 goes through a tunnel, and without a tag: headers are short, and senders are looked up as peers.
-    pub short_tunnel: bool,
     /// Seed of the flow hash.
     pub flow_seed: u64,
 }
@@ -119,11 +115,6 @@ impl<'r> Table<'r> {
             },
             uplink: nic.map(|nic| nic.uplink),
             vlan: nic.map_or(0, |nic| nic.vlan),
-            only_vxlan: node.backend == Backend::Vxlan
-                && !node.direct
-                && nic.is_none_or(|nic| nic.vlan == 0),
-            short_tunnel: nic.is_none_or(|nic| nic.vlan == 0)
-                && matches!(node.backend, Backend::Vxlan | Backend::Ipip | Backend::Udp),
             flow_seed: node.flow_seed,
         }
     }

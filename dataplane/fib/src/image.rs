@@ -17,7 +17,7 @@ use crate::node::{Node, UPLINKS, whole};
 use crate::peers::{self, BUCKET4_WORDS, BUCKET6_WORDS, PeerCheck};
 use crate::sync::{Ordering, Word};
 
-pub use crate::lpm::Hop;
+pub use crate::lpm::{Hop, Leaf};
 
 /// Why words are not an image that this version can read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -233,15 +233,24 @@ impl<'r> Image<'r> {
     /// Longest-prefix match of an IPv4 destination.
     #[inline]
     pub fn lookup4(&self, addr: u32) -> Hop {
+        self.leaf4(addr).hop()
+    }
+
+    /// [`Image::lookup4`], not yet decoded.
+    #[inline]
+    pub fn leaf4(&self, addr: u32) -> Leaf {
         lpm::lookup4(self.root4, self.chunks4, addr)
     }
 
     /// Longest-prefix match of an IPv6 destination.
     #[inline]
     pub fn lookup6(&self, addr: u128) -> Hop {
-        if self.root6.is_empty() {
-            return Hop::None;
-        }
+        self.leaf6(addr).hop()
+    }
+
+    /// [`Image::lookup6`], not yet decoded.
+    #[inline]
+    pub fn leaf6(&self, addr: u128) -> Leaf {
         lpm::lookup6(&self.base6, self.root6, self.chunks6, addr)
     }
 
@@ -272,7 +281,7 @@ impl<'r> Image<'r> {
             return Hop::Unresolved;
         }
         let first = (id.0 as usize * UPLINKS + uplink) * PATHS_PER_UPLINK;
-        match Hop::from_leaf(lpm::entry(self.paths, first + place as usize)) {
+        match Leaf::of_entry(lpm::entry(self.paths, first + place as usize)).hop() {
             // A choice within a choice cannot exist; a damaged table that claims one reads as no route.
             Hop::Paths(_) => Hop::None,
             hop @ (Hop::None | Hop::Local | Hop::Unresolved | Hop::Via(..)) => hop,
@@ -299,12 +308,23 @@ impl<'r> Image<'r> {
         self.warm_hop(self.lookup4(addr))
     }
 
-    /// The same where all routes lead to short templates: less code.
+    /// The same where the route leads to an adjacency of this kind: less code.
     #[inline]
-    pub fn warm_short4(&self, addr: u32) -> u64 {
-        match self.lookup4(addr) {
-            Hop::Via(_, id) => first_word(self.templates, id.0 as usize * SHORT_WORDS),
-            Hop::Paths(_) | Hop::None | Hop::Local | Hop::Unresolved => 0,
+    pub fn warm_template4(&self, addr: u32, encap: Encap) -> u64 {
+        self.warm_template(self.leaf4(addr), encap)
+    }
+
+    /// As [`Image::warm_template4`].
+    #[inline]
+    pub fn warm_template6(&self, addr: u128, encap: Encap) -> u64 {
+        self.warm_template(self.leaf6(addr), encap)
+    }
+
+    #[inline]
+    fn warm_template(&self, leaf: Leaf, encap: Encap) -> u64 {
+        match leaf.via(encap) {
+            Some(id) => self.warm_adjacency(encap, id),
+            None => 0,
         }
     }
 
@@ -317,16 +337,20 @@ impl<'r> Image<'r> {
     #[inline]
     fn warm_hop(&self, hop: Hop) -> u64 {
         match hop {
-            Hop::Via(encap, id) if !encap.is_long() => {
-                first_word(self.templates, id.0 as usize * SHORT_WORDS)
-            }
-            // The last of its two cache lines; the processor fetches neighbours in pairs.
-            Hop::Via(_, id) => first_word(
-                self.long_templates,
-                id.0 as usize * LONG_WORDS + LONG_WORDS - 1,
-            ),
+            Hop::Via(encap, id) => self.warm_adjacency(encap, id),
             Hop::Paths(id) => first_word(self.paths, id.0 as usize * PATHS_WORDS),
             Hop::None | Hop::Local | Hop::Unresolved => 0,
+        }
+    }
+
+    #[inline]
+    fn warm_adjacency(&self, encap: Encap, id: AdjacencyId) -> u64 {
+        if encap.is_long() {
+            // The last of its two cache lines; the processor fetches neighbours in pairs.
+            let last = id.0 as usize * LONG_WORDS + LONG_WORDS - 1;
+            first_word(self.long_templates, last)
+        } else {
+            first_word(self.templates, id.0 as usize * SHORT_WORDS)
         }
     }
 

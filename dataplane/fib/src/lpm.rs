@@ -94,6 +94,48 @@ impl Encap {
     }
 }
 
+/// What the table says about a destination, as it stands there: [`Hop`] with the question first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leaf(u32);
+
+impl Leaf {
+    /// The adjacency, if packets go through exactly one and are encapsulated so: one comparison.
+    #[inline]
+    pub const fn via(self, encap: Encap) -> Option<AdjacencyId> {
+        if self.0 >> KIND_SHIFT == encap.kind() {
+            Some(AdjacencyId(self.0 & INDEX_MASK))
+        } else {
+            None
+        }
+    }
+
+    /// All that it says; a kind that this version does not know reads as no route.
+    #[inline]
+    pub fn hop(self) -> Hop {
+        let index = self.0 & INDEX_MASK;
+        let via = |encap| Hop::Via(encap, AdjacencyId(index));
+        match self.0 >> KIND_SHIFT {
+            KIND_VXLAN4 => via(Encap::Vxlan4),
+            KIND_VXLAN4_TAGGED => via(Encap::Vxlan4Tagged),
+            KIND_VXLAN6 => via(Encap::Vxlan6),
+            KIND_IPIP => via(Encap::Ipip),
+            KIND_UDP => via(Encap::Udp),
+            KIND_DIRECT => via(Encap::Direct),
+            KIND_PATHS => Hop::Paths(PathsId(index)),
+            KIND_LOCAL => Hop::Local,
+            KIND_UNRESOLVED => Hop::Unresolved,
+            _ => Hop::None,
+        }
+    }
+
+    /// An entry found at the end of a walk. One that claims to lead on reads as no route: a damaged table has it.
+    #[inline]
+    pub(crate) const fn of_entry(entry: u32) -> Self {
+        // `CHUNK_FLAG` is part of the kind, and no kind has it.
+        Self(entry)
+    }
+}
+
 /// What the table says about a destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hop {
@@ -117,28 +159,6 @@ impl Hop {
             Self::Unresolved => KIND_UNRESOLVED << KIND_SHIFT,
             Self::Via(encap, id) => (encap.kind() << KIND_SHIFT) | (id.0 & INDEX_MASK),
             Self::Paths(id) => (KIND_PATHS << KIND_SHIFT) | (id.0 & INDEX_MASK),
-        }
-    }
-
-    /// Decodes a leaf; a kind that this version does not know reads as no route.
-    #[inline]
-    pub(crate) fn from_leaf(leaf: u32) -> Self {
-        let index = leaf & INDEX_MASK;
-        let via = |encap| Self::Via(encap, AdjacencyId(index));
-        // The commonest by itself, or it would pay for the jump table of the others.
-        if leaf >> KIND_SHIFT == KIND_VXLAN4 {
-            return via(Encap::Vxlan4);
-        }
-        match leaf >> KIND_SHIFT {
-            KIND_VXLAN4_TAGGED => via(Encap::Vxlan4Tagged),
-            KIND_VXLAN6 => via(Encap::Vxlan6),
-            KIND_IPIP => via(Encap::Ipip),
-            KIND_UDP => via(Encap::Udp),
-            KIND_DIRECT => via(Encap::Direct),
-            KIND_PATHS => Self::Paths(PathsId(index)),
-            KIND_LOCAL => Self::Local,
-            KIND_UNRESOLVED => Self::Unresolved,
-            _ => Self::None,
         }
     }
 }
@@ -266,7 +286,7 @@ pub(crate) fn entry(words: &[Word], index: usize) -> u32 {
 
 /// Finds the leaf of an IPv4 address.
 #[inline]
-pub(crate) fn lookup4(root: &[Word], chunks: &[Word], addr: u32) -> Hop {
+pub(crate) fn lookup4(root: &[Word], chunks: &[Word], addr: u32) -> Leaf {
     let mut found = entry(root, (addr >> 16) as usize);
     if found & CHUNK_FLAG != 0 {
         found = entry(chunks, chunk_index(found, addr >> 8));
@@ -274,12 +294,7 @@ pub(crate) fn lookup4(root: &[Word], chunks: &[Word], addr: u32) -> Hop {
             found = entry(chunks, chunk_index(found, addr));
         }
     }
-    // A fourth level cannot exist; a damaged table that claims one reads as no route.
-    if found & CHUNK_FLAG != 0 {
-        Hop::None
-    } else {
-        Hop::from_leaf(found)
-    }
+    Leaf::of_entry(found)
 }
 
 /// The bits that all IPv6 routes share, which are compared at once.
@@ -295,9 +310,9 @@ pub(crate) struct Base6 {
 
 /// Finds the leaf of an IPv6 address.
 #[inline]
-pub(crate) fn lookup6(base: &Base6, root: &[Word], chunks: &[Word], addr: u128) -> Hop {
+pub(crate) fn lookup6(base: &Base6, root: &[Word], chunks: &[Word], addr: u128) -> Leaf {
     if (addr ^ base.addr) & base.mask != 0 {
-        return Hop::None;
+        return Leaf::of_entry(0);
     }
     // What is left of the address, left-aligned: each level takes its bits off the front.
     let mut rest = addr << base.bits;
@@ -310,11 +325,7 @@ pub(crate) fn lookup6(base: &Base6, root: &[Word], chunks: &[Word], addr: u128) 
         rest <<= 8;
         consumed += 8;
     }
-    if found & CHUNK_FLAG != 0 {
-        Hop::None
-    } else {
-        Hop::from_leaf(found)
-    }
+    Leaf::of_entry(found)
 }
 
 /// Index of an entry in the chunk that `entry` points to; the chunk's bits are the low 8 of `bits`.

@@ -68,7 +68,7 @@ pub(crate) fn decapsulate4(
 }
 
 /// As [`decapsulate4`], for IPv6.
-#[inline]
+#[inline(always)]
 pub(crate) fn decapsulate6(
     packet: &[u8],
     at: usize,
@@ -163,7 +163,7 @@ fn ethernet<'p>(
 
 /// Verifies the UDP checksum over IPv6. First as if the inner transport checksum were right: if it is not, a packet that
 /// passes here is refused by the pod. Only if that does not add up, all bytes are summed.
-#[inline]
+#[inline(always)]
 fn udp6_checksum(packet: &[u8]) -> Result<(), DropReason> {
     /// From the outer addresses to the inner hop limit: pseudo header, UDP, VXLAN, Ethernet, start of the inner header;
     /// and two bytes more, which are taken off again, to have whole words.
@@ -214,20 +214,6 @@ fn udp6_checksum_of_all(packet: &[u8]) -> Result<(), DropReason> {
     } else {
         Err(DropReason::OuterUdpChecksum)
     }
-}
-
-/// [`encapsulate4`] for all but the commonest way, whose code is by itself.
-#[inline(never)]
-pub(crate) fn encapsulate4_otherwise(
-    template: &[u64; 8],
-    packet: &[u8],
-    ip: &[u8; IPV4_LEN],
-    table: &Table<'_>,
-    hash: u64,
-    identification: u16,
-    front: &mut Front,
-) -> usize {
-    encapsulate4(template, packet, ip, table, hash, identification, front)
 }
 
 /// Fills a header template in for one IPv4 packet and puts it before it.
@@ -305,7 +291,7 @@ fn filled4(
 ///      … │ 6, traffic class, 0 │ length    │ …       … │ sport │ dport │ length      │ sum │ VXLAN …
 ///          word 3                                      word 8                          word 9
 /// ```
-#[inline]
+#[inline(always)]
 pub(crate) fn encapsulate6(
     template: &LongTemplate<'_>,
     packet: &[u8],
