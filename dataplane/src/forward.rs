@@ -23,9 +23,8 @@ use crate::wire::{
 };
 
 /// Decides about a frame that the NIC received: Ethernet header first.
-#[inline]
 pub fn from_nic(frame: &[u8], table: &Table<'_>) -> FromNic {
-    from_nic_mostly(Kind::Any, frame, table)
+    from_nic_mostly(Kind::from_nic(frame, table), frame, table)
 }
 
 /// [`from_nic`] where most frames are of one kind. Give it as a constant: the code is compiled for each kind by itself.
@@ -46,14 +45,14 @@ pub fn from_nic_mostly(kind: Kind, frame: &[u8], table: &Table<'_>) -> FromNic {
 ///
 /// `identification` becomes the outer header's; the caller counts it up, so that fragments made on the way are put
 /// together rightly (RFC 6864 section 4.3).
-#[inline]
 pub fn from_host(
     packet: &[u8],
     front: &mut Front,
     table: &Table<'_>,
     identification: u16,
 ) -> FromHost {
-    from_host_mostly(Kind::Any, packet, front, table, identification)
+    let kind = Kind::from_host(packet, table);
+    from_host_mostly(kind, packet, front, table, identification)
 }
 
 /// [`from_host`] where most packets are of one kind; as [`from_nic_mostly`].
@@ -169,11 +168,11 @@ pub fn warm_from_nic(kind: Kind, frame: &[u8], table: &Table<'_>) -> u64 {
             None => 0,
         },
         Kind::Vxlan6 => match packet.get(8..24) {
-            Some(source) => image.warm_peer6(wire::be128(source, 0)),
+            Some(source) => image.warm_peer6(wire::octets(source, 0)),
             None => 0,
         },
         Kind::Direct6 => match packet.get(8..24) {
-            Some(source) => image.warm_route6(wire::be128(source, 0)),
+            Some(source) => image.warm_route6(wire::octets(source, 0)),
             None => 0,
         },
     }
@@ -185,7 +184,7 @@ pub fn warm_from_host(kind: Kind, packet: &[u8], table: &Table<'_>) -> u64 {
     let image = &table.image;
     match (kind, kind.encap()) {
         (Kind::Vxlan6 | Kind::Direct6, Some(encap)) => match packet.get(24..40) {
-            Some(to) => image.warm_template6(wire::be128(to, 0), encap),
+            Some(to) => image.warm_template6(wire::octets(to, 0), encap),
             None => 0,
         },
         (Kind::Vxlan4 | Kind::Ipip | Kind::Udp | Kind::Direct4, Some(encap)) => {
@@ -212,7 +211,7 @@ fn warm_from_nic_otherwise(frame: &[u8], table: &Table<'_>) -> u64 {
             Some(source) => table.image.warm_peer4(source),
             None => 0,
         },
-        Some(6) => match packet.get(8..24).map(|source| wire::be128(source, 0)) {
+        Some(6) => match packet.get(8..24).map(|source| wire::octets(source, 0)) {
             Some(source) if direct => table.image.warm_route6(source),
             Some(source) => table.image.warm_peer6(source),
             None => 0,
@@ -229,7 +228,7 @@ fn warm_from_host_otherwise(packet: &[u8], table: &Table<'_>) -> u64 {
             None => 0,
         },
         Some(6) => match packet.get(24..40) {
-            Some(destination) => table.image.warm_route6(wire::be128(destination, 0)),
+            Some(destination) => table.image.warm_route6(wire::octets(destination, 0)),
             None => 0,
         },
         _ => 0,
@@ -287,9 +286,9 @@ fn plain6<'p>(
     let usual = ip[0] >> 4 == 6
         && IPV6_LEN + usize::from(wire::be16(ip, 4)) == packet.len()
         && packet.len() <= usize::from(table.v6.pod_mtu)
-        && table.v6.is_local(wire::be128(ip, 8))
+        && table.v6.is_local(wire::ne128(ip, 8))
         && !inner::is_unusual6(ip);
-    let id = table.image.leaf6(wire::be128(ip, 24)).via(encap)?;
+    let id = table.image.leaf6(wire::octets(ip, 24)).via(encap)?;
     usual.then_some((ip, id))
 }
 
@@ -426,8 +425,8 @@ fn send6(packet: &[u8], front: &mut Front, table: &Table<'_>) -> Result<usize, D
         inner::refuse6(packet, ip)?;
     }
     let hash = || flow::hash6(packet, ip, table.flow_seed);
-    let (encap, id) = path(table.image.lookup6(wire::be128(ip, 24)), hash, table)?;
-    let source = wire::be128(ip, 8);
+    let (encap, id) = path(table.image.lookup6(wire::octets(ip, 24)), hash, table)?;
+    let source = wire::ne128(ip, 8);
     may_send(&table.v6, source, encap)?;
     Ok(match encap {
         Encap::Vxlan6 => vxlan::encapsulate6(&long(table, id)?, packet, ip, table, hash(), front),

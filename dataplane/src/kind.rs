@@ -61,7 +61,7 @@ impl Kind {
                 None => return Self::Any,
             },
             Some(6) => match packet.get(24..40) {
-                Some(to) => (table.image.lookup6(wire::be128(to, 0)), Self::Direct6),
+                Some(to) => (table.image.lookup6(wire::octets(to, 0)), Self::Direct6),
                 None => return Self::Any,
             },
             _ => return Self::Any,

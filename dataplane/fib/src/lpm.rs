@@ -285,7 +285,7 @@ pub(crate) fn entry(words: &[Word], index: usize) -> u32 {
 }
 
 /// Finds the leaf of an IPv4 address.
-#[inline]
+#[inline(always)]
 pub(crate) fn lookup4(root: &[Word], chunks: &[Word], addr: u32) -> Leaf {
     let mut found = entry(root, (addr >> 16) as usize);
     if found & CHUNK_FLAG != 0 {
@@ -300,32 +300,42 @@ pub(crate) fn lookup4(root: &[Word], chunks: &[Word], addr: u32) -> Leaf {
 /// The bits that all IPv6 routes share, which are compared at once.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Base6 {
-    /// How many; at most 112.
-    pub(crate) bits: u32,
-    /// A mask of so many ones.
-    pub(crate) mask: u128,
-    /// What they are.
-    pub(crate) addr: u128,
+    /// How many bytes; at most 14.
+    pub(crate) bytes: usize,
+    /// A mask of so many ones, as an address lies in memory.
+    pub(crate) mask: [u64; 2],
+    /// What they are, as an address lies in memory.
+    pub(crate) addr: [u64; 2],
 }
 
 /// Finds the leaf of an IPv6 address.
-#[inline]
-pub(crate) fn lookup6(base: &Base6, root: &[Word], chunks: &[Word], addr: u128) -> Leaf {
-    if (addr ^ base.addr) & base.mask != 0 {
+#[inline(always)]
+pub(crate) fn lookup6(base: &Base6, root: &[Word], chunks: &[Word], addr: &[u8; 16]) -> Leaf {
+    let [first, second] = memory_words(addr);
+    if (first ^ base.addr[0]) & base.mask[0] | (second ^ base.addr[1]) & base.mask[1] != 0 {
         return Leaf::of_entry(0);
     }
-    // What is left of the address, left-aligned: each level takes its bits off the front.
-    let mut rest = addr << base.bits;
-    let mut found = entry(root, (rest >> 112) as usize);
-    rest <<= 16;
-    let mut consumed = base.bits + 16;
-    while found & CHUNK_FLAG != 0 && consumed < 128 {
-        let index = (found & !CHUNK_FLAG) as usize * CHUNK_ENTRIES + (rest >> 120) as usize;
-        found = entry(chunks, index);
-        rest <<= 8;
-        consumed += 8;
+    let Some((index, rest)) = addr
+        .get(base.bytes..)
+        .and_then(<[u8]>::split_first_chunk::<2>)
+    else {
+        return Leaf::of_entry(0);
+    };
+    let mut found = entry(root, usize::from(u16::from_be_bytes(*index)));
+    let mut rest = rest.iter();
+    while found & CHUNK_FLAG != 0
+        && let Some(bits) = rest.next()
+    {
+        found = entry(chunks, chunk_index(found, u32::from(*bits)));
     }
     Leaf::of_entry(found)
+}
+
+/// An address in two words as it lies in memory: for comparisons, which need no order of bytes.
+#[inline(always)]
+pub(crate) fn memory_words(addr: &[u8; 16]) -> [u64; 2] {
+    let whole = u128::from_ne_bytes(*addr);
+    crate::node::halves(whole)
 }
 
 /// Index of an entry in the chunk that `entry` points to; the chunk's bits are the low 8 of `bits`.

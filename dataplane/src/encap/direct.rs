@@ -45,6 +45,6 @@ pub(crate) fn is_for_us4(packet: &[u8], table: &Table<'_>) -> bool {
 /// As [`is_for_us4`], for IPv6.
 #[inline(always)]
 pub(crate) fn is_for_us6(packet: &[u8], table: &Table<'_>) -> bool {
-    let ours = |ip: &[u8; IPV6_LEN]| table.v6.is_local(wire::be128(ip, 24));
+    let ours = |ip: &[u8; IPV6_LEN]| table.v6.is_local(wire::ne128(ip, 24));
     table.direct && packet.first_chunk().is_some_and(ours)
 }
