@@ -351,7 +351,7 @@ mod tests {
         image.verify().unwrap();
         let hop = match leases.peers[0].subnet {
             IpNet::V4(subnet) => image.lookup4(subnet.network().to_bits() + 9),
-            IpNet::V6(subnet) => image.lookup6(subnet.network().to_bits() + 9),
+            IpNet::V6(subnet) => image.lookup6(&(subnet.network().to_bits() + 9).to_be_bytes()),
         };
         let Hop::Via(encap, id) = hop else {
             panic!("{hop:?}")
@@ -549,18 +549,18 @@ mod tests {
         };
         let words = built(&set, &conf, |lease| one_way(lease.public_ip.is_ipv6()));
         let image = Image::attach(&words).unwrap();
-        let six = |text: &str| text.parse::<Ipv6Addr>().unwrap().to_bits();
-        assert_eq!(image.lookup6(six("fd00:10:244:1::9")), Hop::Local);
+        let six = |text: &str| text.parse::<Ipv6Addr>().unwrap().octets();
+        assert_eq!(image.lookup6(&six("fd00:10:244:1::9")), Hop::Local);
         assert!(matches!(
-            image.lookup6(six("fd00:10:244:2::9")),
+            image.lookup6(&six("fd00:10:244:2::9")),
             Hop::Via(Encap::Direct, _)
         ));
         assert_eq!(
-            image.check_peer6(six("fd00:199::2"), six("fd00:10:244:2::7")),
+            image.check_peer6(&six("fd00:199::2"), &six("fd00:10:244:2::7")),
             PeerCheck::Allowed
         );
         assert_ne!(
-            image.check_peer6(six("fd00:199::3"), six("fd00:10:244:2::7")),
+            image.check_peer6(&six("fd00:199::3"), &six("fd00:10:244:2::7")),
             PeerCheck::Allowed
         );
         let node = image.node();

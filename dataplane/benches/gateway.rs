@@ -22,6 +22,7 @@ use af_xdp::{Umem, UmemOptions};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use packets::{Inner, Inner6, NIC, Outer, Tunnel, node};
 use ripstop_dataplane::forward;
+use ripstop_dataplane::kind::Kind;
 use ripstop_dataplane::memory::Random;
 use ripstop_dataplane::port::{Burst, Port, Transmitted};
 use ripstop_dataplane::table::Table;
@@ -202,13 +203,30 @@ thread_local! {
         const { core::cell::RefCell::new([[0; HEADER_MAX]; BURST]) };
 }
 
-/// A burst as the worker handles it: everything that will be looked up is touched first.
+/// A burst as the worker handles it: the loop is the first packet's kind's, and everything that will be looked up is
+/// touched first.
 fn encapsulate_all<P: AsRef<[u8]>>(packets: &[P], table: &Table<'_>) {
-    let warm = |all, packet: &P| all ^ forward::warm_from_host(packet.as_ref(), table);
-    black_box(packets.iter().fold(0, warm));
+    match Kind::from_host(packets[0].as_ref(), table) {
+        Kind::Any => encapsulate_mostly(Kind::Any, packets, table),
+        Kind::Vxlan4 => encapsulate_mostly(Kind::Vxlan4, packets, table),
+        Kind::Vxlan6 => encapsulate_mostly(Kind::Vxlan6, packets, table),
+        Kind::Ipip => encapsulate_mostly(Kind::Ipip, packets, table),
+        Kind::Udp => encapsulate_mostly(Kind::Udp, packets, table),
+        Kind::Direct4 => encapsulate_mostly(Kind::Direct4, packets, table),
+        Kind::Direct6 => encapsulate_mostly(Kind::Direct6, packets, table),
+    }
+}
+
+#[inline(always)]
+fn encapsulate_mostly<P: AsRef<[u8]>>(kind: Kind, packets: &[P], table: &Table<'_>) {
+    let mut warmed = 0;
+    for packet in packets {
+        warmed ^= forward::warm_from_host(kind, packet.as_ref(), table);
+    }
+    black_box(warmed);
     FRONTS.with_borrow_mut(|fronts| {
-        for ((packet, front), identification) in packets.iter().zip(fronts).zip(0u16..) {
-            match forward::from_host(packet.as_ref(), front, table, identification) {
+        for ((packet, front), id) in packets.iter().zip(fronts).zip(0u16..) {
+            match forward::from_host_mostly(kind, packet.as_ref(), front, table, id) {
                 FromHost::Send { push } => drop(black_box(push)),
                 FromHost::Drop(reason) => panic!("a good packet was dropped: {}", reason.name()),
             }
@@ -217,10 +235,26 @@ fn encapsulate_all<P: AsRef<[u8]>>(packets: &[P], table: &Table<'_>) {
 }
 
 fn decapsulate_all<P: AsRef<[u8]>>(frames: &[P], table: &Table<'_>) {
-    let warm = |all, frame: &P| all ^ forward::warm_from_nic(frame.as_ref(), table);
-    black_box(frames.iter().fold(0, warm));
+    match Kind::from_nic(frames[0].as_ref(), table) {
+        Kind::Any => decapsulate_mostly(Kind::Any, frames, table),
+        Kind::Vxlan4 => decapsulate_mostly(Kind::Vxlan4, frames, table),
+        Kind::Vxlan6 => decapsulate_mostly(Kind::Vxlan6, frames, table),
+        Kind::Ipip => decapsulate_mostly(Kind::Ipip, frames, table),
+        Kind::Udp => decapsulate_mostly(Kind::Udp, frames, table),
+        Kind::Direct4 => decapsulate_mostly(Kind::Direct4, frames, table),
+        Kind::Direct6 => decapsulate_mostly(Kind::Direct6, frames, table),
+    }
+}
+
+#[inline(always)]
+fn decapsulate_mostly<P: AsRef<[u8]>>(kind: Kind, frames: &[P], table: &Table<'_>) {
+    let mut warmed = 0;
     for frame in frames {
-        match forward::from_nic(frame.as_ref(), table) {
+        warmed ^= forward::warm_from_nic(kind, frame.as_ref(), table);
+    }
+    black_box(warmed);
+    for frame in frames {
+        match forward::from_nic_mostly(kind, frame.as_ref(), table) {
             FromNic::Deliver { len, .. } => drop(black_box(len)),
             FromNic::Drop(reason) => panic!("a good packet was dropped: {}", reason.name()),
         }

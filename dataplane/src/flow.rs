@@ -29,7 +29,7 @@ pub(crate) fn hash4_plain(packet: &[u8], ip: &[u8; IPV4_LEN], seed: u64, plain: 
 }
 
 /// The flow of an IPv6 packet. The flow label is left out: it may change within a flow, and be the same in two.
-#[inline]
+#[inline(always)]
 pub(crate) fn hash6(packet: &[u8], ip: &[u8; IPV6_LEN], seed: u64) -> u64 {
     let word = |at: usize| match ip[at..].first_chunk() {
         Some(word) => u64::from_be_bytes(*word),
@@ -42,14 +42,14 @@ pub(crate) fn hash6(packet: &[u8], ip: &[u8; IPV6_LEN], seed: u64) -> u64 {
 }
 
 /// Mixes two numbers: both halves of their product.
-#[inline]
+#[inline(always)]
 fn product(a: u64, b: u64) -> u64 {
     let [low, high] = ripstop_fib::halves(u128::from(a) * u128::from(b));
     low ^ high
 }
 
 /// Protocol and, if they are to be used and there, ports.
-#[inline]
+#[inline(always)]
 fn transport(payload: Option<&[u8]>, protocol: u8, use_ports: bool) -> u64 {
     let has_ports = matches!(protocol, PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_SCTP);
     let ports = match payload.and_then(|payload| payload.get(..4)) {

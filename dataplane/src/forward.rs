@@ -5,13 +5,16 @@
 //!   from the host   whole, and from our pods? ─► longest prefix ─► path of the flow ─► header template ─► send
 //! ```
 //!
-//! The encapsulations are leaves in `encap`; which one applies is decided here.
+//! The encapsulations are leaves in `encap`; which one applies is decided here. The loop over a burst is compiled for each
+//! [`Kind`] of packet by itself and chosen by the burst's first one, so that no kind pays for another's code. That is a
+//! guess about the others, and no more: what is not of the kind is decided as any packet is.
 
 use ripstop_fib::{AdjacencyId, Backend, Encap, Hop, LongTemplate};
 
 use crate::encap::{direct, ipip, udp, vxlan};
 use crate::flow;
 use crate::inner;
+use crate::kind::Kind;
 use crate::table::{Number, Side, Table};
 use crate::verdict::{DropReason, FromHost, FromNic, Front};
 use crate::wire::{
@@ -20,16 +23,16 @@ use crate::wire::{
 };
 
 /// Decides about a frame that the NIC received: Ethernet header first.
-#[inline]
 pub fn from_nic(frame: &[u8], table: &Table<'_>) -> FromNic {
-    // The commonest case by itself: its code must not be paid for by what the others need.
-    let received = match frame.split_first_chunk::<ETHERNET_LEN>() {
-        Some((ethernet, packet))
-            if table.only_vxlan && wire::be16(ethernet, 12) == ETHERTYPE_IPV4 =>
-        {
-            vxlan::decapsulate4(packet, ETHERNET_LEN, table)
-        }
-        _ => received(frame, table),
+    from_nic_mostly(Kind::from_nic(frame, table), frame, table)
+}
+
+/// [`from_nic`] where most frames are of one kind. Give it as a constant: the code is compiled for each kind by itself.
+#[inline(always)]
+pub fn from_nic_mostly(kind: Kind, frame: &[u8], table: &Table<'_>) -> FromNic {
+    let received = match usual_from_nic(kind, frame, table) {
+        Some(received) => received,
+        None => received(frame, table),
     };
     match received {
         Ok(deliver) => deliver,
@@ -42,17 +45,28 @@ pub fn from_nic(frame: &[u8], table: &Table<'_>) -> FromNic {
 ///
 /// `identification` becomes the outer header's; the caller counts it up, so that fragments made on the way are put
 /// together rightly (RFC 6864 section 4.3).
-#[inline]
 pub fn from_host(
     packet: &[u8],
     front: &mut Front,
     table: &Table<'_>,
     identification: u16,
 ) -> FromHost {
-    let sent = match packet.first().map(|first| first >> 4) {
-        Some(4) => send4(packet, front, table, identification),
-        Some(6) => send6(packet, front, table),
-        _ => Err(DropReason::HostHeader),
+    let kind = Kind::from_host(packet, table);
+    from_host_mostly(kind, packet, front, table, identification)
+}
+
+/// [`from_host`] where most packets are of one kind; as [`from_nic_mostly`].
+#[inline(always)]
+pub fn from_host_mostly(
+    kind: Kind,
+    packet: &[u8],
+    front: &mut Front,
+    table: &Table<'_>,
+    identification: u16,
+) -> FromHost {
+    let sent = match usual_from_host(kind, packet, front, table, identification) {
+        Some(push) => Ok(push),
+        None => sent(packet, front, table, identification),
     };
     match sent {
         Ok(push) => FromHost::Send { push },
@@ -60,16 +74,126 @@ pub fn from_host(
     }
 }
 
+/// The commonest frames from the NIC, each kind's for itself: untagged, over the family and through the tunnel of the
+/// kind. `None` about all others, which are decided one by one.
+#[inline(always)]
+fn usual_from_nic(
+    kind: Kind,
+    frame: &[u8],
+    table: &Table<'_>,
+) -> Option<Result<FromNic, DropReason>> {
+    const AT: usize = ETHERNET_LEN;
+    match kind {
+        Kind::Any => None,
+        Kind::Vxlan4 => tunnelled4(frame, table, Backend::Vxlan)
+            .map(|packet| vxlan::decapsulate4(packet, AT, table)),
+        Kind::Ipip => tunnelled4(frame, table, Backend::Ipip)
+            .map(|packet| ipip::decapsulate(packet, AT, table)),
+        Kind::Udp => {
+            tunnelled4(frame, table, Backend::Udp).map(|packet| udp::decapsulate(packet, AT, table))
+        }
+        Kind::Direct4 => untagged(frame, table, ETHERTYPE_IPV4)
+            .filter(|packet| direct::is_for_us4(packet, table))
+            .map(|packet| direct::receive4(packet, AT, table)),
+        Kind::Vxlan6 => untagged(frame, table, ETHERTYPE_IPV6)
+            .filter(|packet| version(packet) == Some(6) && table.backend == Backend::Vxlan)
+            .filter(|packet| !direct::is_for_us6(packet, table))
+            .map(|packet| vxlan::decapsulate6(packet, AT, table)),
+        Kind::Direct6 => untagged(frame, table, ETHERTYPE_IPV6)
+            .filter(|packet| version(packet) == Some(6) && direct::is_for_us6(packet, table))
+            .map(|packet| direct::receive6(packet, AT, table)),
+    }
+}
+
+/// The commonest packets from the host, each kind's for itself: plain, from our pods, through one adjacency of the kind.
+/// `None` about all others, which are decided one by one.
+#[inline(always)]
+fn usual_from_host(
+    kind: Kind,
+    packet: &[u8],
+    front: &mut Front,
+    table: &Table<'_>,
+    id: u16,
+) -> Option<usize> {
+    match kind {
+        Kind::Any => None,
+        Kind::Vxlan4 => {
+            let (ip, template) = plain4(packet, table, Encap::Vxlan4)?;
+            let hash = flow::hash4_plain(packet, ip, table.flow_seed, ip[0] == 0x45);
+            Some(vxlan::encapsulate4(
+                &template, packet, ip, table, hash, id, front,
+            ))
+        }
+        Kind::Ipip => {
+            let (ip, template) = plain4(packet, table, Encap::Ipip)?;
+            Some(ipip::encapsulate(&template, packet, ip, table, id, front))
+        }
+        Kind::Udp => {
+            let (ip, template) = plain4(packet, table, Encap::Udp)?;
+            Some(udp::encapsulate(&template, packet, ip, table, id, front))
+        }
+        Kind::Direct4 => {
+            let (_, template) = plain4(packet, table, Encap::Direct)?;
+            Some(direct::encapsulate(&template, front))
+        }
+        Kind::Vxlan6 => {
+            let (ip, id) = plain6(packet, table, Encap::Vxlan6)?;
+            let template = table.image.long_template(id)?;
+            let hash = flow::hash6(packet, ip, table.flow_seed);
+            Some(vxlan::encapsulate6(
+                &template, packet, ip, table, hash, front,
+            ))
+        }
+        Kind::Direct6 => {
+            let (_, id) = plain6(packet, table, Encap::Direct)?;
+            Some(direct::encapsulate(&table.image.template(id)?, front))
+        }
+    }
+}
+
 /// Brings what [`from_nic`] will look up towards the cache; called for all frames of a burst before the first decision.
 /// The value means nothing.
-#[inline]
-pub fn warm_from_nic(frame: &[u8], table: &Table<'_>) -> u64 {
-    const SOURCE: usize = ETHERNET_LEN + 12;
-    match frame.get(SOURCE..SOURCE + 4) {
-        Some(source) if table.short_tunnel && frame[ETHERNET_LEN] >> 4 == 4 => {
-            table.image.warm_peer4(wire::be32(source, 0))
+#[inline(always)]
+pub fn warm_from_nic(kind: Kind, frame: &[u8], table: &Table<'_>) -> u64 {
+    let image = &table.image;
+    let packet = frame.get(ETHERNET_LEN..).unwrap_or_default();
+    match kind {
+        Kind::Any => warm_from_nic_otherwise(frame, table),
+        Kind::Vxlan4 | Kind::Ipip | Kind::Udp => match packet.get(12..16) {
+            Some(source) => image.warm_peer4(wire::be32(source, 0)),
+            None => 0,
+        },
+        Kind::Direct4 => match packet.get(12..16) {
+            Some(source) => image.warm_route4(wire::be32(source, 0)),
+            None => 0,
+        },
+        Kind::Vxlan6 => match packet.get(8..24) {
+            Some(source) => image.warm_peer6(wire::octets(source, 0)),
+            None => 0,
+        },
+        Kind::Direct6 => match packet.get(8..24) {
+            Some(source) => image.warm_route6(wire::octets(source, 0)),
+            None => 0,
+        },
+    }
+}
+
+/// Brings what [`from_host`] will look up towards the cache; as [`warm_from_nic`].
+#[inline(always)]
+pub fn warm_from_host(kind: Kind, packet: &[u8], table: &Table<'_>) -> u64 {
+    let image = &table.image;
+    match (kind, kind.encap()) {
+        (Kind::Vxlan6 | Kind::Direct6, Some(encap)) => match packet.get(24..40) {
+            Some(to) => image.warm_template6(wire::octets(to, 0), encap),
+            None => 0,
+        },
+        (Kind::Vxlan4 | Kind::Ipip | Kind::Udp | Kind::Direct4, Some(encap)) => {
+            match packet.get(16..20) {
+                Some(to) => image.warm_template4(wire::be32(to, 0), encap),
+                None => 0,
+            }
         }
-        _ => warm_from_nic_otherwise(frame, table),
+        (Kind::Any, _) | (_, None) => warm_from_host_otherwise(packet, table),
     }
 }
 
@@ -81,13 +205,13 @@ fn warm_from_nic_otherwise(frame: &[u8], table: &Table<'_>) -> u64 {
     };
     let packet = frame.get(at..).unwrap_or_default();
     let direct = table.backend == Backend::HostGw;
-    match packet.first().map(|first| first >> 4) {
+    match version(packet) {
         Some(4) => match packet.get(12..16).map(|source| wire::be32(source, 0)) {
             Some(source) if direct => table.image.warm_route4(source),
             Some(source) => table.image.warm_peer4(source),
             None => 0,
         },
-        Some(6) => match packet.get(8..24).map(|source| wire::be128(source, 0)) {
+        Some(6) => match packet.get(8..24).map(|source| wire::octets(source, 0)) {
             Some(source) if direct => table.image.warm_route6(source),
             Some(source) => table.image.warm_peer6(source),
             None => 0,
@@ -96,30 +220,76 @@ fn warm_from_nic_otherwise(frame: &[u8], table: &Table<'_>) -> u64 {
     }
 }
 
-/// Brings what [`from_host`] will look up towards the cache; as [`warm_from_nic`].
-#[inline]
-pub fn warm_from_host(packet: &[u8], table: &Table<'_>) -> u64 {
-    match packet.get(16..20) {
-        Some(destination) if table.short_tunnel && packet[0] >> 4 == 4 => {
-            table.image.warm_short4(wire::be32(destination, 0))
-        }
-        _ => warm_from_host_otherwise(packet, table),
-    }
-}
-
 #[inline(never)]
 fn warm_from_host_otherwise(packet: &[u8], table: &Table<'_>) -> u64 {
-    match packet.first().map(|first| first >> 4) {
+    match version(packet) {
         Some(4) => match packet.get(16..20) {
             Some(destination) => table.image.warm_route4(wire::be32(destination, 0)),
             None => 0,
         },
         Some(6) => match packet.get(24..40) {
-            Some(destination) => table.image.warm_route6(wire::be128(destination, 0)),
+            Some(destination) => table.image.warm_route6(wire::octets(destination, 0)),
             None => 0,
         },
         _ => 0,
     }
+}
+
+/// The IP version that a packet claims.
+#[inline(always)]
+fn version(packet: &[u8]) -> Option<u8> {
+    packet.first().map(|first| first >> 4)
+}
+
+/// What is behind the Ethernet header of an untagged frame of this EtherType, on an untagged underlay.
+#[inline(always)]
+fn untagged<'f>(frame: &'f [u8], table: &Table<'_>, ether_type: u16) -> Option<&'f [u8]> {
+    let (ethernet, packet) = frame.split_first_chunk::<ETHERNET_LEN>()?;
+    let usual = table.vlan == 0 && wire::be16(ethernet, 12) == ether_type;
+    usual.then_some(packet)
+}
+
+/// An IPv4 packet to our outer address, where `backend` is what such packets are taken apart by.
+#[inline(always)]
+fn tunnelled4<'f>(frame: &'f [u8], table: &Table<'_>, backend: Backend) -> Option<&'f [u8]> {
+    let packet = untagged(frame, table, ETHERTYPE_IPV4)?;
+    let ours = table.backend == backend && !direct::is_for_us4(packet, table);
+    ours.then_some(packet)
+}
+
+/// A packet that one of our pods may send as it is, and the template of its one adjacency of this kind.
+#[inline(always)]
+fn plain4<'p>(
+    packet: &'p [u8],
+    table: &Table<'_>,
+    encap: Encap,
+) -> Option<(&'p [u8; IPV4_LEN], [u64; 8])> {
+    let ip = packet.first_chunk::<IPV4_LEN>()?;
+    let usual = ip[0] == 0x45
+        && usize::from(wire::be16(ip, 2)) == packet.len()
+        && packet.len() <= usize::from(table.v4.pod_mtu)
+        && table.v4.is_local(wire::be32(ip, 12))
+        && !inner::is_unusual4(ip);
+    let id = table.image.leaf4(wire::be32(ip, 16)).via(encap)?;
+    let template = table.image.template(id)?;
+    usual.then_some((ip, template))
+}
+
+/// As [`plain4`], but for the template.
+#[inline(always)]
+fn plain6<'p>(
+    packet: &'p [u8],
+    table: &Table<'_>,
+    encap: Encap,
+) -> Option<(&'p [u8; IPV6_LEN], AdjacencyId)> {
+    let ip = packet.first_chunk::<IPV6_LEN>()?;
+    let usual = ip[0] >> 4 == 6
+        && IPV6_LEN + usize::from(wire::be16(ip, 4)) == packet.len()
+        && packet.len() <= usize::from(table.v6.pod_mtu)
+        && table.v6.is_local(wire::ne128(ip, 8))
+        && !inner::is_unusual6(ip);
+    let id = table.image.leaf6(wire::octets(ip, 24)).via(encap)?;
+    usual.then_some((ip, id))
 }
 
 /// Finds the IP header behind the Ethernet header, with a VLAN tag exactly if the underlay has one.
@@ -153,10 +323,7 @@ fn received_ip(
 ) -> Result<FromNic, DropReason> {
     match ether_type {
         ETHERTYPE_IPV4 => {
-            let ip = packet
-                .first_chunk::<IPV4_LEN>()
-                .ok_or(DropReason::OuterTruncated)?;
-            if direct::is_for_us4(ip, table) {
+            if direct::is_for_us4(packet, table) {
                 return direct::receive4(packet, at, table);
             }
             match table.backend {
@@ -173,7 +340,7 @@ fn received_ip(
             if ip[0] >> 4 != 6 {
                 return Err(DropReason::OuterHeader);
             }
-            if direct::is_for_us6(ip, table) {
+            if direct::is_for_us6(packet, table) {
                 return direct::receive6(packet, at, table);
             }
             match table.backend {
@@ -187,66 +354,36 @@ fn received_ip(
     }
 }
 
-#[inline]
-fn send4(
+/// Decides about a packet from the host, whatever it is.
+#[inline(never)]
+fn sent(
     packet: &[u8],
     front: &mut Front,
     table: &Table<'_>,
     identification: u16,
 ) -> Result<usize, DropReason> {
-    let ip = header4(packet)?;
-    fits(packet, &table.v4)?;
-    match table.image.lookup4(wire::be32(ip, 16)) {
-        Hop::Via(Encap::Vxlan4, id)
-            if table.v4.is_local(wire::be32(ip, 12)) && !inner::is_unusual4(ip) =>
-        {
-            let template = table.image.template(id).ok_or(DropReason::TableDamaged)?;
-            let hash = flow::hash4_plain(packet, ip, table.flow_seed, ip[0] == 0x45);
-            let id = identification;
-            Ok(vxlan::encapsulate4(
-                &template, packet, ip, table, hash, id, front,
-            ))
-        }
-        Hop::Via(encap, id) if table.v4.is_local(wire::be32(ip, 12)) && !inner::is_unusual4(ip) => {
-            send4_via(encap, id, packet, ip, front, table, identification)
-        }
-        hop @ (Hop::Via(..) | Hop::Paths(_) | Hop::None | Hop::Local | Hop::Unresolved) => {
-            send4_otherwise(hop, packet, ip, front, table, identification)
-        }
+    match version(packet) {
+        Some(4) => send4(packet, front, table, identification),
+        Some(6) => send6(packet, front, table),
+        _ => Err(DropReason::HostHeader),
     }
 }
 
-/// All cases but the commonest: its code must not be paid for by what these need.
-#[inline(never)]
-fn send4_otherwise(
-    hop: Hop,
+#[inline]
+fn send4(
     packet: &[u8],
-    ip: &[u8; IPV4_LEN],
     front: &mut Front,
     table: &Table<'_>,
     id: u16,
 ) -> Result<usize, DropReason> {
+    let ip = header4(packet)?;
+    fits(packet, &table.v4)?;
     if inner::is_unusual4(ip) {
         inner::refuse4(packet, ip)?;
     }
     let hash = || flow::hash4(packet, ip, table.flow_seed);
-    let (encap, adjacency) = path(hop, hash, table)?;
+    let (encap, adjacency) = path(table.image.lookup4(wire::be32(ip, 16)), hash, table)?;
     may_send(&table.v4, wire::be32(ip, 12), encap)?;
-    send4_via(encap, adjacency, packet, ip, front, table, id)
-}
-
-/// Encapsulates. VXLAN without a tag comes here only on the unusual way.
-#[inline(never)]
-fn send4_via(
-    encap: Encap,
-    adjacency: AdjacencyId,
-    packet: &[u8],
-    ip: &[u8; IPV4_LEN],
-    front: &mut Front,
-    table: &Table<'_>,
-    id: u16,
-) -> Result<usize, DropReason> {
-    let hash = || flow::hash4(packet, ip, table.flow_seed);
     if encap == Encap::Vxlan4Tagged {
         let template = &long(table, adjacency)?;
         return Ok(vxlan::encapsulate4_tagged(
@@ -267,7 +404,7 @@ fn send4_via(
         Encap::Ipip => Ok(ipip::encapsulate(template, packet, ip, table, id, front)),
         Encap::Udp => Ok(udp::encapsulate(template, packet, ip, table, id, front)),
         Encap::Direct => Ok(direct::encapsulate(template, front)),
-        Encap::Vxlan4 => Ok(vxlan::encapsulate4_otherwise(
+        Encap::Vxlan4 => Ok(vxlan::encapsulate4(
             template,
             packet,
             ip,
@@ -280,7 +417,7 @@ fn send4_via(
     }
 }
 
-#[inline(never)]
+#[inline]
 fn send6(packet: &[u8], front: &mut Front, table: &Table<'_>) -> Result<usize, DropReason> {
     let ip = header6(packet)?;
     fits(packet, &table.v6)?;
@@ -288,8 +425,8 @@ fn send6(packet: &[u8], front: &mut Front, table: &Table<'_>) -> Result<usize, D
         inner::refuse6(packet, ip)?;
     }
     let hash = || flow::hash6(packet, ip, table.flow_seed);
-    let (encap, id) = path(table.image.lookup6(wire::be128(ip, 24)), hash, table)?;
-    let source = wire::be128(ip, 8);
+    let (encap, id) = path(table.image.lookup6(wire::octets(ip, 24)), hash, table)?;
+    let source = wire::ne128(ip, 8);
     may_send(&table.v6, source, encap)?;
     Ok(match encap {
         Encap::Vxlan6 => vxlan::encapsulate6(&long(table, id)?, packet, ip, table, hash(), front),

@@ -47,11 +47,11 @@ pub(crate) fn deliver4(
 }
 
 /// As [`deliver4`], for IPv6.
-#[inline]
+#[inline(always)]
 pub(crate) fn deliver6(
     packet: &[u8],
     strip: usize,
-    sender: Sender<u128>,
+    sender: Sender<&[u8; 16]>,
     table: &Table<'_>,
 ) -> Result<FromNic, DropReason> {
     let ip = packet
@@ -64,12 +64,12 @@ pub(crate) fn deliver6(
     if len > packet.len() {
         return Err(DropReason::InnerLength);
     }
-    let source = wire::be128(ip, 8);
+    let source = wire::octets(ip, 8);
     match sender {
         Sender::Tunnel(outer, _) => allowed(table.image.check_peer6(outer, source))?,
         Sender::Direct => known(table.image.lookup6(source))?,
     }
-    if !table.v6.is_local(wire::be128(ip, 24)) {
+    if !table.v6.is_local(wire::ne128(ip, 24)) {
         return Err(DropReason::InnerDestination);
     }
     if is_unusual6(ip) {
@@ -92,8 +92,8 @@ pub(crate) fn blame4(reason: DropReason, source: u32, table: &Table<'_>) -> Drop
 
 #[cold]
 #[inline(never)]
-pub(crate) fn blame6(reason: DropReason, source: u128, table: &Table<'_>) -> DropReason {
-    blame(reason, table.image.check_peer6(source, 0))
+pub(crate) fn blame6(reason: DropReason, source: &[u8; 16], table: &Table<'_>) -> DropReason {
+    blame(reason, table.image.check_peer6(source, &[0; 16]))
 }
 
 fn blame(reason: DropReason, check: PeerCheck) -> DropReason {
@@ -114,7 +114,7 @@ fn header4(packet: &[u8]) -> Result<(&[u8; IPV4_LEN], usize), DropReason> {
         options(packet, ip)?;
     } else if total_len < IPV4_LEN || total_len > packet.len() {
         return Err(DropReason::InnerLength);
-    } else if wire::ipv4_sum(ip) != 0xffff {
+    } else if !wire::ipv4_checksum_is_right(ip) {
         return Err(DropReason::InnerChecksum);
     }
     Ok((ip, total_len))

@@ -13,6 +13,7 @@ mod flow;
 pub mod forward;
 pub mod host;
 mod inner;
+pub mod kind;
 pub mod memory;
 pub mod nic;
 pub mod nic_queue;

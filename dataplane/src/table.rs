@@ -1,10 +1,12 @@
 //! What `forward` looks packets up in: a pinned image, and the node's own facts in the form that packets are compared
 //! with.
 
+use core::net::Ipv6Addr;
 use core::ops::{BitAnd, BitXor};
 
 use ripstop_fib::{Backend, Dscp, Image, ImageError, Local, Word};
 
+use crate::encap::vxlan;
 use crate::wire::ECN_MASK;
 
 /// Longest inner packet whose outer packet still has a length field that holds it: 65535 less the outer headers.
@@ -25,7 +27,7 @@ pub struct Side<A> {
     pub vtep_mac: [u8; 6],
 }
 
-/// An address as a number: `u32` or `u128`.
+/// An address as a number: `u32`, or `u128` as its octets lie in memory.
 pub trait Number:
     Copy + Default + PartialEq + BitAnd<Output = Self> + BitXor<Output = Self>
 {
@@ -34,11 +36,16 @@ impl Number for u32 {}
 impl Number for u128 {}
 
 impl<A: Number> Side<A> {
-    fn new<N: Into<A>>(local: Option<Local<N>>, mask: impl Fn(u8) -> A, all_ones: A) -> Self {
+    fn new<N>(
+        local: Option<Local<N>>,
+        number: impl Fn(N) -> A,
+        mask: impl Fn(u8) -> A,
+        all_ones: A,
+    ) -> Self {
         match local {
             Some(local) => Self {
-                address: local.address.into(),
-                subnet: local.subnet.0.into(),
+                address: number(local.address),
+                subnet: number(local.subnet.0),
                 mask: mask(local.subnet.1),
                 pod_mtu: local.pod_mtu.min(INNER_MAX),
                 vtep_mac: local.vtep_mac,
@@ -78,16 +85,14 @@ pub struct Table<'r> {
     pub udp_port: u16,
     /// The VXLAN header's second word: the VNI and a zero octet.
     pub vni_word: u32,
+    /// What all VXLAN packets over IPv6 add to their UDP checksum.
+    pub(crate) vxlan6_sum: u64,
     /// Bits of the inner type-of-service octet that are copied into the outer one.
     pub tos_mask: u8,
     /// Uplink of the worker's NIC; `None` if packets of the underlay do not use that NIC.
     pub uplink: Option<u8>,
     /// 802.1Q identifier that frames on the worker's NIC carry; 0 for none.
     pub vlan: u16,
-    /// Whether all that can come over IPv4 is VXLAN, without a tag on the underlay.
-    pub only_vxlan: bool,
-    /// Whether IPv4 goes through a tunnel, and without a tag: headers are short, and senders are looked up as peers.
-    pub short_tunnel: bool,
     /// Seed of the flow hash.
     pub flow_seed: u64,
 }
@@ -101,29 +106,27 @@ impl<'r> Table<'r> {
             let host_bits = 32 - u32::from(len.min(32));
             u32::MAX.checked_shl(host_bits).unwrap_or(0)
         };
+        let octets6 = |address: Ipv6Addr| u128::from_ne_bytes(address.octets());
         let mask6 = |len: u8| {
             let host_bits = 128 - u32::from(len.min(128));
-            u128::MAX.checked_shl(host_bits).unwrap_or(0)
+            u128::MAX.checked_shl(host_bits).unwrap_or(0).to_be()
         };
+        let v6 = Side::new(node.v6, octets6, mask6, u128::MAX);
         Self {
             image,
             backend: node.backend,
             direct: node.direct,
-            v4: Side::new(node.v4, mask4, u32::MAX),
-            v6: Side::new(node.v6, mask6, u128::MAX),
+            v4: Side::new(node.v4, u32::from, mask4, u32::MAX),
+            v6,
             udp_port: node.udp_port,
             vni_word: node.vni << 8,
+            vxlan6_sum: vxlan::known_sum6(v6.address, node.vni << 8),
             tos_mask: match node.dscp {
                 Dscp::Fixed(_) => ECN_MASK,
                 Dscp::Inherit => u8::MAX,
             },
             uplink: nic.map(|nic| nic.uplink),
             vlan: nic.map_or(0, |nic| nic.vlan),
-            only_vxlan: node.backend == Backend::Vxlan
-                && !node.direct
-                && nic.is_none_or(|nic| nic.vlan == 0),
-            short_tunnel: nic.is_none_or(|nic| nic.vlan == 0)
-                && matches!(node.backend, Backend::Vxlan | Backend::Ipip | Backend::Udp),
             flow_seed: node.flow_seed,
         }
     }

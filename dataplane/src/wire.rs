@@ -53,11 +53,29 @@ pub fn be32(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// An IPv6 address at `at`; as [`be16`].
-#[inline]
-pub fn be128(bytes: &[u8], at: usize) -> u128 {
+/// The octets of an IPv6 address at `at`; as [`be16`].
+#[inline(always)]
+pub fn octets(bytes: &[u8], at: usize) -> &[u8; 16] {
+    bytes[at..].first_chunk().unwrap_or(&[0; 16])
+}
+
+/// An IPv6 address at `at` as it lies in memory: a number for comparisons, which need no order of bytes; as [`be16`].
+#[inline(always)]
+pub fn ne128(bytes: &[u8], at: usize) -> u128 {
+    u128::from_ne_bytes(*octets(bytes, at))
+}
+
+/// Two bytes at `at` as they lie in memory: for sums, which need no order of bytes (RFC 1071 section 2, B).
+#[inline(always)]
+pub fn ne16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_ne_bytes([bytes[at], bytes[at + 1]])
+}
+
+/// Eight bytes at `at`; as [`ne16`].
+#[inline(always)]
+pub fn ne64(bytes: &[u8], at: usize) -> u64 {
     match bytes[at..].first_chunk() {
-        Some(address) => u128::from_be_bytes(*address),
+        Some(word) => u64::from_ne_bytes(*word),
         None => 0,
     }
 }
@@ -69,7 +87,7 @@ pub fn traffic_class(ip: &[u8; IPV6_LEN]) -> u8 {
 }
 
 /// Folds a sum of 16-bit words to 16 bits (RFC 1071 section 2).
-#[inline]
+#[inline(always)]
 pub fn fold(sum: u32) -> u16 {
     let sum = (sum & 0xffff) + (sum >> 16);
     let sum = (sum & 0xffff) + (sum >> 16);
@@ -81,16 +99,20 @@ pub fn fold(sum: u32) -> u16 {
     folded
 }
 
-/// Ones' complement sum of an IPv4 header without options; all ones when its checksum is right (RFC 1071).
+/// Whether a sum of 16-bit words, some of which are not zero, is all ones once it is folded: it is a multiple of that.
 #[inline(always)]
-pub fn ipv4_sum(header: &[u8; IPV4_LEN]) -> u16 {
+pub fn is_all_ones(sum: u64) -> bool {
+    sum.is_multiple_of(0xffff)
+}
+
+/// Whether the checksum of an IPv4 header without options is right (RFC 1071). The header must not be all zeros.
+#[inline(always)]
+pub fn ipv4_checksum_is_right(header: &[u8; IPV4_LEN]) -> bool {
     let mut sum = 0;
-    let mut at = 0;
-    while at < IPV4_LEN {
-        sum += u32::from(be16(header, at));
-        at += 2;
+    for word in header.as_chunks::<4>().0 {
+        sum += u64::from(u32::from_ne_bytes(*word));
     }
-    fold(sum)
+    is_all_ones(sum)
 }
 
 /// Ones' complement sum of any bytes up to 64 KiB; an odd last byte is padded with zero.
@@ -115,24 +137,15 @@ pub fn sum(bytes: &[u8]) -> u16 {
     u16::from_be_bytes(folded.to_ne_bytes())
 }
 
-/// [`sum`] of a few bytes, whose number is known when this is compiled and a multiple of eight.
-#[inline]
-pub fn short_sum<const N: usize>(bytes: &[u8; N]) -> u16 {
-    const { assert!(N.is_multiple_of(8), "whole words alone are summed") };
-    let mut sum = 0u64;
-    for word in bytes.as_chunks::<8>().0 {
+/// Sum of the 16-bit words in a few long ones, all as they lie in memory, folded to 33 bits.
+#[inline(always)]
+pub fn sum_words<const N: usize>(words: [u64; N]) -> u64 {
+    let (mut sum, mut carry) = (0u64, false);
+    for word in words {
         // The carry goes round: one's complement arithmetic, whatever the width.
-        let (wrapped, carry) = sum.overflowing_add(u64::from_ne_bytes(*word));
-        sum = wrapped + u64::from(carry);
+        (sum, carry) = sum.carrying_add(word, carry);
     }
-    let sum = (sum & 0xffff_ffff) + (sum >> 32);
-    let sum = (sum & 0xffff) + (sum >> 16 & 0xffff) + (sum >> 32);
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "three 16-bit numbers add up to 18 bits"
-    )]
-    let folded = fold(sum as u32);
-    u16::from_be_bytes(folded.to_ne_bytes())
+    (sum & 0xffff_ffff) + (sum >> 32) + u64::from(carry)
 }
 
 /// The checksum after one 16-bit word of the data changed from `old` to `new` (RFC 1624 section 3, equation 3).
@@ -154,7 +167,7 @@ pub fn has_transport_checksum(protocol: u8) -> bool {
 /// kernel's "local checksum offload", Documentation/networking/checksum-offloads.rst). `None` where no such checksum
 /// is: other protocols, fragments, extension headers, UDP without checksum. If the checksum is there and wrong, so is
 /// the sum.
-#[inline]
+#[inline(always)]
 pub fn ipv6_sum_by_transport(packet: &[u8], ip: &[u8; IPV6_LEN]) -> Option<u16> {
     let protocol = ip[6];
     let no_checksum = protocol == PROTOCOL_UDP

@@ -14,6 +14,7 @@ use ripstop_fib::stats::{Counter, Gauge, Stats, WorkerCounters};
 use ripstop_fib::{Reader, Word};
 
 use crate::forward;
+use crate::kind::Kind;
 use crate::pace::{Due, Pace};
 use crate::port::{Burst, Port};
 use crate::table::Table;
@@ -190,25 +191,16 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
         if received == 0 {
             return 0;
         }
-        warm(
-            &self.umem,
-            &self.received,
-            self.table.as_ref(),
-            forward::warm_from_nic,
-        );
-        let mut bytes = 0;
-        for mut frame in self.received.drain(..) {
-            bytes += frame.len() as u64;
-            match from_nic(
-                &self.umem,
-                &mut frame,
-                self.table.as_ref(),
-                &mut self.inside_packet,
-            ) {
-                Ok(()) => self.forwarded.push(frame),
-                Err(reason) => drop_packet(&mut self.umem, &mut self.counters, frame, reason),
-            }
-        }
+        // Each arm compiles the loop for its kind.
+        let bytes = match self.first_kind(Kind::from_nic) {
+            Kind::Any => self.decide_from_nic(Kind::Any),
+            Kind::Vxlan4 => self.decide_from_nic(Kind::Vxlan4),
+            Kind::Vxlan6 => self.decide_from_nic(Kind::Vxlan6),
+            Kind::Ipip => self.decide_from_nic(Kind::Ipip),
+            Kind::Udp => self.decide_from_nic(Kind::Udp),
+            Kind::Direct4 => self.decide_from_nic(Kind::Direct4),
+            Kind::Direct6 => self.decide_from_nic(Kind::Direct6),
+        };
         self.counters.add(Counter::NicRxPackets, received as u64);
         self.counters.add(Counter::NicRxBytes, bytes);
         let sent = self.host.transmit(&mut self.umem, &mut self.forwarded);
@@ -230,26 +222,15 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
         if received == 0 {
             return 0;
         }
-        warm(
-            &self.umem,
-            &self.received,
-            self.table.as_ref(),
-            forward::warm_from_host,
-        );
-        let mut bytes = 0;
-        for mut frame in self.received.drain(..) {
-            bytes += frame.len() as u64;
-            self.identification = self.identification.wrapping_add(1);
-            match from_host(
-                &self.umem,
-                &mut frame,
-                self.table.as_ref(),
-                self.identification,
-            ) {
-                Ok(()) => self.forwarded.push(frame),
-                Err(reason) => drop_packet(&mut self.umem, &mut self.counters, frame, reason),
-            }
-        }
+        let bytes = match self.first_kind(Kind::from_host) {
+            Kind::Any => self.decide_from_host(Kind::Any),
+            Kind::Vxlan4 => self.decide_from_host(Kind::Vxlan4),
+            Kind::Vxlan6 => self.decide_from_host(Kind::Vxlan6),
+            Kind::Ipip => self.decide_from_host(Kind::Ipip),
+            Kind::Udp => self.decide_from_host(Kind::Udp),
+            Kind::Direct4 => self.decide_from_host(Kind::Direct4),
+            Kind::Direct6 => self.decide_from_host(Kind::Direct6),
+        };
         self.counters.add(Counter::HostRxPackets, received as u64);
         self.counters.add(Counter::HostRxBytes, bytes);
         let sent = self.nic.transmit(&mut self.umem, &mut self.forwarded);
@@ -260,6 +241,61 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
         }
         received
     }
+
+    /// What the packets of a burst that was received mostly are, to judge by the first.
+    #[inline]
+    fn first_kind(&self, kind: impl Fn(&[u8], &Table<'_>) -> Kind) -> Kind {
+        match (self.received.first(), &self.table) {
+            (Some(frame), Some(table)) => kind(self.umem.packet(frame), table),
+            _ => Kind::Any,
+        }
+    }
+
+    /// Decides about each frame of a burst from the NIC; what goes on is left in `forwarded`. Returns the bytes.
+    #[inline(always)]
+    fn decide_from_nic(&mut self, kind: Kind) -> u64 {
+        if let Some(table) = &self.table {
+            // The loads of the burst's packets overlap here, and would come one after the other below.
+            let mut warmed = 0;
+            for frame in &self.received {
+                warmed ^= forward::warm_from_nic(kind, self.umem.packet(frame), table);
+            }
+            core::hint::black_box(warmed);
+        }
+        let mut bytes = 0;
+        for mut frame in self.received.drain(..) {
+            bytes += frame.len() as u64;
+            let (table, inside_packet) = (self.table.as_ref(), &mut self.inside_packet);
+            match from_nic(kind, &self.umem, &mut frame, table, inside_packet) {
+                Ok(()) => self.forwarded.push(frame),
+                Err(reason) => drop_packet(&mut self.umem, &mut self.counters, frame, reason),
+            }
+        }
+        bytes
+    }
+
+    /// Decides about each packet of a burst from the host; as [`Self::decide_from_nic`].
+    #[inline(always)]
+    fn decide_from_host(&mut self, kind: Kind) -> u64 {
+        if let Some(table) = &self.table {
+            let mut warmed = 0;
+            for frame in &self.received {
+                warmed ^= forward::warm_from_host(kind, self.umem.packet(frame), table);
+            }
+            core::hint::black_box(warmed);
+        }
+        let mut bytes = 0;
+        for mut frame in self.received.drain(..) {
+            bytes += frame.len() as u64;
+            self.identification = self.identification.wrapping_add(1);
+            let (table, identification) = (self.table.as_ref(), self.identification);
+            match from_host(kind, &self.umem, &mut frame, table, identification) {
+                Ok(()) => self.forwarded.push(frame),
+                Err(reason) => drop_packet(&mut self.umem, &mut self.counters, frame, reason),
+            }
+        }
+        bytes
+    }
 }
 
 /// The one door through which a packet leaves that is not forwarded.
@@ -269,27 +305,10 @@ fn drop_packet(umem: &mut Umem, counters: &mut WorkerCounters, frame: Frame, rea
     umem.give(frame);
 }
 
-/// Brings what the decisions about a burst will look up towards the cache: the loads of its packets overlap here, and
-/// would come one after the other there.
-#[inline]
-fn warm(
-    umem: &Umem,
-    burst: &Burst,
-    table: Option<&Table<'_>>,
-    touch: impl Fn(&[u8], &Table<'_>) -> u64,
-) {
-    if let Some(table) = table {
-        core::hint::black_box(
-            burst
-                .iter()
-                .fold(0, |all, frame| all ^ touch(umem.packet(frame), table)),
-        );
-    }
-}
-
 /// Decides about a frame from the NIC and, if it is for this node, leaves only the inner packet in it.
-#[inline]
+#[inline(always)]
 fn from_nic(
+    kind: Kind,
     umem: &Umem,
     frame: &mut Frame,
     table: Option<&Table<'_>>,
@@ -302,7 +321,7 @@ fn from_nic(
         return Err(DropReason::MultiBuffer);
     }
     let table = table.ok_or(DropReason::NoTable)?;
-    match forward::from_nic(umem.packet(frame), table) {
+    match forward::from_nic_mostly(kind, umem.packet(frame), table) {
         FromNic::Deliver { strip, len, tos } => {
             frame
                 .pop_front(strip)
@@ -318,8 +337,9 @@ fn from_nic(
 }
 
 /// Decides about a packet from the host and, if its next hop is known, puts the tunnel header before it.
-#[inline]
+#[inline(always)]
 fn from_host(
+    kind: Kind,
     umem: &Umem,
     frame: &mut Frame,
     table: Option<&Table<'_>>,
@@ -328,7 +348,7 @@ fn from_host(
     let table = table.ok_or(DropReason::NoTable)?;
     // Every port leaves room for a header, so neither of these fails.
     let (front, packet) = umem.front_and_packet(frame).ok_or(DropReason::TooBig)?;
-    match forward::from_host(packet, front, table, identification) {
+    match forward::from_host_mostly(kind, packet, front, table, identification) {
         FromHost::Send { push } => frame
             .push_front(push)
             .map_err(|_no_room| DropReason::TooBig),

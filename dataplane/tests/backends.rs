@@ -8,7 +8,6 @@ use std::collections::BTreeSet;
 
 use etherparse::{Ipv4HeaderSlice, Ipv6HeaderSlice};
 use packets::{Inner, Inner6, NIC, Outer, checksum6, ethernet, image_with, node};
-use ripstop_dataplane::forward;
 use ripstop_dataplane::table::Table;
 use ripstop_dataplane::verdict::{DropReason, FromNic};
 use ripstop_fib::sync::words;
@@ -37,7 +36,7 @@ fn table_with(own: u8, vlan: Option<u16>, change: impl Fn(&mut Node)) -> Vec<Wor
 }
 
 fn receive(words: &[Word], frame: &[u8]) -> Result<(usize, usize, Option<u8>), DropReason> {
-    match forward::from_nic(frame, &Table::attach(words, NIC).unwrap()) {
+    match packets::received(frame, &Table::attach(words, NIC).unwrap()) {
         FromNic::Deliver { strip, len, tos } => Ok((strip, len, tos)),
         FromNic::Drop(reason) => Err(reason),
     }

@@ -5,13 +5,12 @@ mod packets;
 
 use etherparse::{Ipv4HeaderSlice, UdpHeaderSlice};
 use packets::{Inner, NIC, Tunnel, table_words, vtep_mac};
-use ripstop_dataplane::forward;
 use ripstop_dataplane::table::Table;
 use ripstop_dataplane::verdict::{DropReason, FromNic};
 
 fn from_nic(frame: &[u8]) -> FromNic {
     let words = table_words();
-    forward::from_nic(frame, &Table::attach(&words, NIC).unwrap())
+    packets::received(frame, &Table::attach(&words, NIC).unwrap())
 }
 
 /// The frame that a packet from the host becomes.
@@ -617,7 +616,7 @@ fn what_we_send_a_peer_accepts() {
     let frame = from_host(&packet).unwrap();
     let len = packet.len();
     assert_eq!(
-        forward::from_nic(&frame, &peer),
+        packets::received(&frame, &peer),
         FromNic::Deliver {
             strip: 64,
             len,

@@ -17,7 +17,7 @@ use crate::node::{Node, UPLINKS, whole};
 use crate::peers::{self, BUCKET4_WORDS, BUCKET6_WORDS, PeerCheck};
 use crate::sync::{Ordering, Word};
 
-pub use crate::lpm::Hop;
+pub use crate::lpm::{Hop, Leaf};
 
 /// Why words are not an image that this version can read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,14 +112,14 @@ pub struct LongTemplate<'r>(&'r [Word; LONG_WORDS]);
 
 impl LongTemplate<'_> {
     /// Length of the header; [`HEADER_MAX`] where a damaged table claims more.
-    #[inline]
+    #[inline(always)]
     pub fn length(&self) -> usize {
         let claimed = self.0[0].load(Ordering::Relaxed) & 0xff;
         (claimed as usize).min(HEADER_MAX)
     }
 
     /// The last [`HEADER_MAX`] bytes before the inner packet as words, first byte lowest.
-    #[inline]
+    #[inline(always)]
     pub fn header(&self) -> [u64; HEADER_MAX / 8] {
         core::array::from_fn(|index| self.0[LONG_HEADER_WORD + index].load(Ordering::Relaxed))
     }
@@ -168,6 +168,7 @@ impl<'r> Image<'r> {
             *slice = inside.ok_or(ImageError::Section { section })?;
         }
         let base6_bits = load(BASE6_WORD);
+        let base6 = whole([load(BASE6_WORD + 1), load(BASE6_WORD + 2)]);
         // A root of 16 bits and chunks of 8 bits behind these must end at bit 128, or `lookup6` would shift too far.
         if base6_bits > 112 || !base6_bits.is_multiple_of(8) {
             return Err(ImageError::Section {
@@ -199,9 +200,9 @@ impl<'r> Image<'r> {
             peers6,
             leases,
             base6: Base6 {
-                bits: base6_bits as u32,
-                mask: lpm::mask(base6_bits as u32),
-                addr: whole([load(BASE6_WORD + 1), load(BASE6_WORD + 2)]),
+                bytes: base6_bits as usize / 8,
+                mask: lpm::memory_words(&lpm::mask(base6_bits as u32).to_be_bytes()),
+                addr: lpm::memory_words(&base6.to_be_bytes()),
             },
         })
     }
@@ -233,22 +234,31 @@ impl<'r> Image<'r> {
     /// Longest-prefix match of an IPv4 destination.
     #[inline]
     pub fn lookup4(&self, addr: u32) -> Hop {
+        self.leaf4(addr).hop()
+    }
+
+    /// [`Image::lookup4`], not yet decoded.
+    #[inline(always)]
+    pub fn leaf4(&self, addr: u32) -> Leaf {
         lpm::lookup4(self.root4, self.chunks4, addr)
     }
 
-    /// Longest-prefix match of an IPv6 destination.
+    /// Longest-prefix match of an IPv6 destination, given by its octets.
     #[inline]
-    pub fn lookup6(&self, addr: u128) -> Hop {
-        if self.root6.is_empty() {
-            return Hop::None;
-        }
+    pub fn lookup6(&self, addr: &[u8; 16]) -> Hop {
+        self.leaf6(addr).hop()
+    }
+
+    /// [`Image::lookup6`], not yet decoded.
+    #[inline(always)]
+    pub fn leaf6(&self, addr: &[u8; 16]) -> Leaf {
         lpm::lookup6(&self.base6, self.root6, self.chunks6, addr)
     }
 
     /// The short template of an adjacency: the last 64 bytes before the inner packet as eight words, first byte lowest.
     /// Its lowest byte is the length of the header, unless that fills the template. `None` if there is no such
     /// adjacency.
-    #[inline]
+    #[inline(always)]
     pub fn template(&self, id: AdjacencyId) -> Option<[u64; SHORT_WORDS]> {
         let words = template_words::<SHORT_WORDS>(self.templates, id)?;
         Some(core::array::from_fn(|index| {
@@ -258,7 +268,7 @@ impl<'r> Image<'r> {
 
     /// The long template of an adjacency ([`Encap::Vxlan4Tagged`] and [`Encap::Vxlan6`]). `None` if there is no such
     /// adjacency.
-    #[inline]
+    #[inline(always)]
     pub fn long_template(&self, id: AdjacencyId) -> Option<LongTemplate<'r>> {
         template_words(self.long_templates, id).map(LongTemplate)
     }
@@ -272,7 +282,7 @@ impl<'r> Image<'r> {
             return Hop::Unresolved;
         }
         let first = (id.0 as usize * UPLINKS + uplink) * PATHS_PER_UPLINK;
-        match Hop::from_leaf(lpm::entry(self.paths, first + place as usize)) {
+        match Leaf::of_entry(lpm::entry(self.paths, first + place as usize)).hop() {
             // A choice within a choice cannot exist; a damaged table that claims one reads as no route.
             Hop::Paths(_) => Hop::None,
             hop @ (Hop::None | Hop::Local | Hop::Unresolved | Hop::Via(..)) => hop,
@@ -280,14 +290,14 @@ impl<'r> Image<'r> {
     }
 
     /// Whether `outer` is a peer that may send a packet with the inner source `inner`.
-    #[inline]
+    #[inline(always)]
     pub fn check_peer4(&self, outer: u32, inner: u32) -> PeerCheck {
         peers::check4(self.peers4, outer, inner)
     }
 
     /// As [`Image::check_peer4`].
-    #[inline]
-    pub fn check_peer6(&self, outer: u128, inner: u128) -> PeerCheck {
+    #[inline(always)]
+    pub fn check_peer6(&self, outer: &[u8; 16], inner: &[u8; 16]) -> PeerCheck {
         peers::check6(self.peers6, outer, inner)
     }
 
@@ -299,46 +309,61 @@ impl<'r> Image<'r> {
         self.warm_hop(self.lookup4(addr))
     }
 
-    /// The same where all routes lead to short templates: less code.
-    #[inline]
-    pub fn warm_short4(&self, addr: u32) -> u64 {
-        match self.lookup4(addr) {
-            Hop::Via(_, id) => first_word(self.templates, id.0 as usize * SHORT_WORDS),
-            Hop::Paths(_) | Hop::None | Hop::Local | Hop::Unresolved => 0,
+    /// The same where the route leads to an adjacency of this kind: less code.
+    #[inline(always)]
+    pub fn warm_template4(&self, addr: u32, encap: Encap) -> u64 {
+        self.warm_template(self.leaf4(addr), encap)
+    }
+
+    /// As [`Image::warm_template4`].
+    #[inline(always)]
+    pub fn warm_template6(&self, addr: &[u8; 16], encap: Encap) -> u64 {
+        self.warm_template(self.leaf6(addr), encap)
+    }
+
+    #[inline(always)]
+    fn warm_template(&self, leaf: Leaf, encap: Encap) -> u64 {
+        match leaf.via(encap) {
+            Some(id) => self.warm_adjacency(encap, id),
+            None => 0,
         }
     }
 
     /// As [`Image::warm_route4`].
     #[inline]
-    pub fn warm_route6(&self, addr: u128) -> u64 {
+    pub fn warm_route6(&self, addr: &[u8; 16]) -> u64 {
         self.warm_hop(self.lookup6(addr))
     }
 
     #[inline]
     fn warm_hop(&self, hop: Hop) -> u64 {
         match hop {
-            Hop::Via(encap, id) if !encap.is_long() => {
-                first_word(self.templates, id.0 as usize * SHORT_WORDS)
-            }
-            // The last of its two cache lines; the processor fetches neighbours in pairs.
-            Hop::Via(_, id) => first_word(
-                self.long_templates,
-                id.0 as usize * LONG_WORDS + LONG_WORDS - 1,
-            ),
+            Hop::Via(encap, id) => self.warm_adjacency(encap, id),
             Hop::Paths(id) => first_word(self.paths, id.0 as usize * PATHS_WORDS),
             Hop::None | Hop::Local | Hop::Unresolved => 0,
         }
     }
 
+    #[inline(always)]
+    fn warm_adjacency(&self, encap: Encap, id: AdjacencyId) -> u64 {
+        if encap.is_long() {
+            // The last of its two cache lines; the processor fetches neighbours in pairs.
+            let last = id.0 as usize * LONG_WORDS + LONG_WORDS - 1;
+            first_word(self.long_templates, last)
+        } else {
+            first_word(self.templates, id.0 as usize * SHORT_WORDS)
+        }
+    }
+
     /// Touches what [`Image::check_peer4`] will read for this outer source; as [`Image::warm_route4`].
-    #[inline]
+    #[inline(always)]
     pub fn warm_peer4(&self, outer: u32) -> u64 {
         first_word(self.peers4, peers::place4(self.peers4, outer))
     }
 
     /// As [`Image::warm_peer4`].
-    #[inline]
-    pub fn warm_peer6(&self, outer: u128) -> u64 {
+    #[inline(always)]
+    pub fn warm_peer6(&self, outer: &[u8; 16]) -> u64 {
         first_word(self.peers6, peers::place6(self.peers6, outer))
     }
 
@@ -387,13 +412,13 @@ impl<'r> Image<'r> {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn template_words<const N: usize>(templates: &[Word], id: AdjacencyId) -> Option<&[Word; N]> {
     let start = id.0 as usize * N;
     templates.get(start..start + N)?.try_into().ok()
 }
 
-#[inline]
+#[inline(always)]
 fn first_word(words: &[Word], index: usize) -> u64 {
     words
         .get(index)

@@ -39,7 +39,7 @@ pub use build::{
     BuildError, FAMILY_IPV4, FAMILY_IPV6, ImageBuilder, LeaseRecord, PATHS_PER_UPLINK, Route,
 };
 pub use drop_reason::DropReason;
-pub use image::{Hop, Image, ImageError, LongTemplate};
+pub use image::{Hop, Image, ImageError, Leaf, LongTemplate};
 pub use lpm::{AdjacencyId, Encap, PathsId};
 pub use node::{Backend, Dscp, Local, NICS, NicRecord, Node, UPLINKS, halves};
 pub use peers::PeerCheck;

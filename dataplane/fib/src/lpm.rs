@@ -94,6 +94,48 @@ impl Encap {
     }
 }
 
+/// What the table says about a destination, as it stands there: [`Hop`] with the question first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leaf(u32);
+
+impl Leaf {
+    /// The adjacency, if packets go through exactly one and are encapsulated so: one comparison.
+    #[inline]
+    pub const fn via(self, encap: Encap) -> Option<AdjacencyId> {
+        if self.0 >> KIND_SHIFT == encap.kind() {
+            Some(AdjacencyId(self.0 & INDEX_MASK))
+        } else {
+            None
+        }
+    }
+
+    /// All that it says; a kind that this version does not know reads as no route.
+    #[inline]
+    pub fn hop(self) -> Hop {
+        let index = self.0 & INDEX_MASK;
+        let via = |encap| Hop::Via(encap, AdjacencyId(index));
+        match self.0 >> KIND_SHIFT {
+            KIND_VXLAN4 => via(Encap::Vxlan4),
+            KIND_VXLAN4_TAGGED => via(Encap::Vxlan4Tagged),
+            KIND_VXLAN6 => via(Encap::Vxlan6),
+            KIND_IPIP => via(Encap::Ipip),
+            KIND_UDP => via(Encap::Udp),
+            KIND_DIRECT => via(Encap::Direct),
+            KIND_PATHS => Hop::Paths(PathsId(index)),
+            KIND_LOCAL => Hop::Local,
+            KIND_UNRESOLVED => Hop::Unresolved,
+            _ => Hop::None,
+        }
+    }
+
+    /// An entry found at the end of a walk. One that claims to lead on reads as no route: a damaged table has it.
+    #[inline]
+    pub(crate) const fn of_entry(entry: u32) -> Self {
+        // `CHUNK_FLAG` is part of the kind, and no kind has it.
+        Self(entry)
+    }
+}
+
 /// What the table says about a destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hop {
@@ -117,28 +159,6 @@ impl Hop {
             Self::Unresolved => KIND_UNRESOLVED << KIND_SHIFT,
             Self::Via(encap, id) => (encap.kind() << KIND_SHIFT) | (id.0 & INDEX_MASK),
             Self::Paths(id) => (KIND_PATHS << KIND_SHIFT) | (id.0 & INDEX_MASK),
-        }
-    }
-
-    /// Decodes a leaf; a kind that this version does not know reads as no route.
-    #[inline]
-    pub(crate) fn from_leaf(leaf: u32) -> Self {
-        let index = leaf & INDEX_MASK;
-        let via = |encap| Self::Via(encap, AdjacencyId(index));
-        // The commonest by itself, or it would pay for the jump table of the others.
-        if leaf >> KIND_SHIFT == KIND_VXLAN4 {
-            return via(Encap::Vxlan4);
-        }
-        match leaf >> KIND_SHIFT {
-            KIND_VXLAN4_TAGGED => via(Encap::Vxlan4Tagged),
-            KIND_VXLAN6 => via(Encap::Vxlan6),
-            KIND_IPIP => via(Encap::Ipip),
-            KIND_UDP => via(Encap::Udp),
-            KIND_DIRECT => via(Encap::Direct),
-            KIND_PATHS => Self::Paths(PathsId(index)),
-            KIND_LOCAL => Self::Local,
-            KIND_UNRESOLVED => Self::Unresolved,
-            _ => Self::None,
         }
     }
 }
@@ -265,8 +285,8 @@ pub(crate) fn entry(words: &[Word], index: usize) -> u32 {
 }
 
 /// Finds the leaf of an IPv4 address.
-#[inline]
-pub(crate) fn lookup4(root: &[Word], chunks: &[Word], addr: u32) -> Hop {
+#[inline(always)]
+pub(crate) fn lookup4(root: &[Word], chunks: &[Word], addr: u32) -> Leaf {
     let mut found = entry(root, (addr >> 16) as usize);
     if found & CHUNK_FLAG != 0 {
         found = entry(chunks, chunk_index(found, addr >> 8));
@@ -274,47 +294,48 @@ pub(crate) fn lookup4(root: &[Word], chunks: &[Word], addr: u32) -> Hop {
             found = entry(chunks, chunk_index(found, addr));
         }
     }
-    // A fourth level cannot exist; a damaged table that claims one reads as no route.
-    if found & CHUNK_FLAG != 0 {
-        Hop::None
-    } else {
-        Hop::from_leaf(found)
-    }
+    Leaf::of_entry(found)
 }
 
 /// The bits that all IPv6 routes share, which are compared at once.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Base6 {
-    /// How many; at most 112.
-    pub(crate) bits: u32,
-    /// A mask of so many ones.
-    pub(crate) mask: u128,
-    /// What they are.
-    pub(crate) addr: u128,
+    /// How many bytes; at most 14.
+    pub(crate) bytes: usize,
+    /// A mask of so many ones, as an address lies in memory.
+    pub(crate) mask: [u64; 2],
+    /// What they are, as an address lies in memory.
+    pub(crate) addr: [u64; 2],
 }
 
 /// Finds the leaf of an IPv6 address.
-#[inline]
-pub(crate) fn lookup6(base: &Base6, root: &[Word], chunks: &[Word], addr: u128) -> Hop {
-    if (addr ^ base.addr) & base.mask != 0 {
-        return Hop::None;
+#[inline(always)]
+pub(crate) fn lookup6(base: &Base6, root: &[Word], chunks: &[Word], addr: &[u8; 16]) -> Leaf {
+    let [first, second] = memory_words(addr);
+    if (first ^ base.addr[0]) & base.mask[0] | (second ^ base.addr[1]) & base.mask[1] != 0 {
+        return Leaf::of_entry(0);
     }
-    // What is left of the address, left-aligned: each level takes its bits off the front.
-    let mut rest = addr << base.bits;
-    let mut found = entry(root, (rest >> 112) as usize);
-    rest <<= 16;
-    let mut consumed = base.bits + 16;
-    while found & CHUNK_FLAG != 0 && consumed < 128 {
-        let index = (found & !CHUNK_FLAG) as usize * CHUNK_ENTRIES + (rest >> 120) as usize;
-        found = entry(chunks, index);
-        rest <<= 8;
-        consumed += 8;
+    let Some((index, rest)) = addr
+        .get(base.bytes..)
+        .and_then(<[u8]>::split_first_chunk::<2>)
+    else {
+        return Leaf::of_entry(0);
+    };
+    let mut found = entry(root, usize::from(u16::from_be_bytes(*index)));
+    let mut rest = rest.iter();
+    while found & CHUNK_FLAG != 0
+        && let Some(bits) = rest.next()
+    {
+        found = entry(chunks, chunk_index(found, u32::from(*bits)));
     }
-    if found & CHUNK_FLAG != 0 {
-        Hop::None
-    } else {
-        Hop::from_leaf(found)
-    }
+    Leaf::of_entry(found)
+}
+
+/// An address in two words as it lies in memory: for comparisons, which need no order of bytes.
+#[inline(always)]
+pub(crate) fn memory_words(addr: &[u8; 16]) -> [u64; 2] {
+    let whole = u128::from_ne_bytes(*addr);
+    crate::node::halves(whole)
 }
 
 /// Index of an entry in the chunk that `entry` points to; the chunk's bits are the low 8 of `bits`.

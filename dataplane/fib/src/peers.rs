@@ -7,12 +7,12 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use crate::node::halves;
+use crate::lpm::memory_words;
 use crate::sync::{Ordering, Word};
 
 /// Words of an IPv4 bucket: `outer | prefix << 32`, `mask | PRESENT`.
 pub(crate) const BUCKET4_WORDS: usize = 2;
-/// Words of an IPv6 bucket: outer, prefix and mask, low half first; zero; [`PRESENT`].
+/// Words of an IPv6 bucket: outer, prefix and mask, two words each as the octets lie in memory; zero; [`PRESENT`].
 pub(crate) const BUCKET6_WORDS: usize = 8;
 const PRESENT: u64 = 1 << 32;
 const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -52,10 +52,9 @@ fn hash4(outer: u32, buckets: usize) -> usize {
     index & (buckets - 1)
 }
 
-#[inline]
-fn hash6(outer: u128, buckets: usize) -> usize {
-    // Nodes differ in a few bits anywhere in the address: both halves are mixed before they meet.
-    let [low, high] = halves(outer);
+#[inline(always)]
+fn hash6([low, high]: [u64; 2], buckets: usize) -> usize {
+    // Nodes differ in a few bits anywhere in the address: both words are mixed before they meet.
     let mixed =
         (low ^ high.wrapping_mul(MULTIPLIER).rotate_left(31)).wrapping_mul(MULTIPLIER) >> 32;
     let index = mixed as usize;
@@ -72,11 +71,11 @@ pub(crate) fn place4(table: &[Word], outer: u32) -> usize {
 }
 
 /// As [`place4`].
-#[inline]
-pub(crate) fn place6(table: &[Word], outer: u128) -> usize {
+#[inline(always)]
+pub(crate) fn place6(table: &[Word], outer: &[u8; 16]) -> usize {
     match table.len() / BUCKET6_WORDS {
         0 => 0,
-        buckets => hash6(outer, buckets) * BUCKET6_WORDS,
+        buckets => hash6(memory_words(outer), buckets) * BUCKET6_WORDS,
     }
 }
 
@@ -94,11 +93,12 @@ pub(crate) fn build4(peers: &[Peer4]) -> Vec<u64> {
 /// Builds the IPv6 table; as [`build4`].
 pub(crate) fn build6(peers: &[Peer6]) -> Vec<u64> {
     build(peers, |peer, buckets| {
-        let [outer, prefix, mask] = [peer.outer, peer.prefix, peer.mask].map(halves);
+        let [outer, prefix, mask] =
+            [peer.outer, peer.prefix, peer.mask].map(|number| memory_words(&number.to_be_bytes()));
         let words = [
             outer[0], outer[1], prefix[0], prefix[1], mask[0], mask[1], 0, PRESENT,
         ];
-        (hash6(peer.outer, buckets), words)
+        (hash6(outer, buckets), words)
     })
 }
 
@@ -135,62 +135,88 @@ enum Seen {
     Allowed,
 }
 
-/// Looks up an outer source and checks the inner source against its leases.
-#[inline(always)]
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "buckets keep two 32-bit values in a word"
-)]
-pub(crate) fn check4(table: &[Word], outer: u32, inner: u32) -> PeerCheck {
-    search(table, place4(table, outer), |[key, rule]| {
+/// A packet's question to the buckets of `N` words. (Closures in its place are not always inlined.)
+trait Question<const N: usize> {
+    fn ask(&self, bucket: &[Word; N]) -> Seen;
+}
+
+struct Question4 {
+    outer: u32,
+    inner: u32,
+}
+
+impl Question<BUCKET4_WORDS> for Question4 {
+    #[inline(always)]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "buckets keep two 32-bit values in a word"
+    )]
+    fn ask(&self, [key, rule]: &[Word; BUCKET4_WORDS]) -> Seen {
         let rule = rule.load(Ordering::Relaxed);
         if rule & PRESENT == 0 {
             return Seen::Empty;
         }
         let key = key.load(Ordering::Relaxed);
-        if key as u32 != outer {
+        if key as u32 != self.outer {
             Seen::Other
-        } else if (inner ^ (key >> 32) as u32) & rule as u32 == 0 {
+        } else if (self.inner ^ (key >> 32) as u32) & rule as u32 == 0 {
             Seen::Allowed
         } else {
             Seen::Foreign
         }
-    })
+    }
 }
 
-/// As [`check4`].
-#[inline]
-pub(crate) fn check6(table: &[Word], outer: u128, inner: u128) -> PeerCheck {
-    let ([outer_low, outer_high], [inner_low, inner_high]) = (halves(outer), halves(inner));
-    search(table, place6(table, outer), |bucket: &[Word; 8]| {
+/// Addresses as they lie in memory.
+struct Question6 {
+    outer: [u64; 2],
+    inner: [u64; 2],
+}
+
+impl Question<BUCKET6_WORDS> for Question6 {
+    #[inline(always)]
+    fn ask(&self, bucket: &[Word; BUCKET6_WORDS]) -> Seen {
         let word = |index: usize| bucket[index].load(Ordering::Relaxed);
         if word(BUCKET6_WORDS - 1) & PRESENT == 0 {
             return Seen::Empty;
         }
-        if word(0) != outer_low || word(1) != outer_high {
+        let [first, second] = self.inner;
+        if word(0) != self.outer[0] || word(1) != self.outer[1] {
             Seen::Other
-        } else if (inner_low ^ word(2)) & word(4) | (inner_high ^ word(3)) & word(5) == 0 {
+        } else if (first ^ word(2)) & word(4) | (second ^ word(3)) & word(5) == 0 {
             Seen::Allowed
         } else {
             Seen::Foreign
         }
-    })
+    }
+}
+
+/// Looks up an outer source and checks the inner source against its leases.
+#[inline(always)]
+pub(crate) fn check4(table: &[Word], outer: u32, inner: u32) -> PeerCheck {
+    search(table, place4(table, outer), &Question4 { outer, inner })
+}
+
+/// As [`check4`].
+#[inline(always)]
+pub(crate) fn check6(table: &[Word], outer: &[u8; 16], inner: &[u8; 16]) -> PeerCheck {
+    let question = Question6 {
+        outer: memory_words(outer),
+        inner: memory_words(inner),
+    };
+    search(table, place6(table, outer), &question)
 }
 
 /// Walks the buckets of `N` words from the one at word `place` on, once around at most.
 #[inline(always)]
-fn search<const N: usize>(
-    table: &[Word],
-    place: usize,
-    see: impl Fn(&[Word; N]) -> Seen,
-) -> PeerCheck {
+fn search<const N: usize>(table: &[Word], place: usize, question: &impl Question<N>) -> PeerCheck {
     let mut known = PeerCheck::UnknownPeer;
     let mut place = place;
     for _ in 0..table.len() / N {
         let Some(bucket) = table.get(place..).and_then(<[Word]>::first_chunk) else {
             break;
         };
-        match see(bucket) {
+        match question.ask(bucket) {
             Seen::Empty => break,
             Seen::Other => {}
             Seen::Foreign => known = PeerCheck::ForeignSource,

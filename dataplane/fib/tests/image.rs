@@ -156,7 +156,7 @@ proptest! {
             [*addr, last, addr.wrapping_sub(1), last.wrapping_add(1)]
         });
         for addr in edges.chain(probes) {
-            prop_assert_eq!(image.lookup6(addr), oracle(&routes, 128, addr), "address {:x}", addr);
+            prop_assert_eq!(image.lookup6(&addr.to_be_bytes()), oracle(&routes, 128, addr), "address {:x}", addr);
         }
     }
 

@@ -104,10 +104,12 @@ fn ask_image(words: &[Word]) {
             image.check_peer4(0x0ac7_000c, addr);
         }
         let wide = u128::from(seed) << (step % 65);
-        image.lookup6(wide);
-        image.check_peer6(wide, wide);
-        image.check_peer6(0xfd00_0199 << 96 | 0x12, wide);
-        image.lookup6(0xfd10_0244_0002 << 80 | wide);
+        let peer: u128 = 0xfd00_0199 << 96 | 0x12;
+        let octets = u128::to_be_bytes;
+        image.check_peer6(&octets(wide), &octets(wide));
+        image.check_peer6(&octets(peer), &octets(wide));
+        image.lookup6(&octets(wide));
+        image.lookup6(&octets(0xfd10_0244_0002 << 80 | wide));
     }
 }
 

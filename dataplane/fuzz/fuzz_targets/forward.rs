@@ -12,7 +12,6 @@ use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
 use packets::{Inner, Inner6, NIC, Outer, checksum, checksum6, image_with};
-use ripstop_dataplane::forward;
 use ripstop_dataplane::table::Table;
 use ripstop_dataplane::verdict::FromNic;
 use ripstop_fib::sync::words;
@@ -125,7 +124,7 @@ fn node_of(address: &[u8]) -> u8 {
 }
 
 fn received(frame: &[u8], table: &Table<'_>, backend: Backend) {
-    let FromNic::Deliver { strip, len, tos } = forward::from_nic(frame, table) else {
+    let FromNic::Deliver { strip, len, tos } = packets::received(frame, table) else {
         return;
     };
     let inner = &frame[strip..strip + len];
@@ -217,7 +216,7 @@ fn sent(packet: &[u8], table: &Table<'_>, peer: &Table<'_>) {
     let tunnel = frame.len() > packet.len() + 14;
     if to_peer && good_header && (plain || tunnel) && from_pod {
         let strip = frame.len() - packet.len();
-        let verdict = forward::from_nic(&frame, peer);
+        let verdict = packets::received(&frame, peer);
         let own_address =
             !tunnel && verdict == FromNic::Drop(ripstop_fib::DropReason::UnknownSource);
         assert!(

@@ -13,13 +13,13 @@ use super::write;
 ///
 /// What the sender's Ethernet address is does not matter: on one link everybody can forge it, and when a node's changes
 /// its packets must go on.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn receive4(packet: &[u8], at: usize, table: &Table<'_>) -> Result<FromNic, DropReason> {
     inner::deliver4(packet, at, Sender::Direct, table)
 }
 
 /// As [`receive4`], for IPv6.
-#[inline]
+#[inline(always)]
 pub(crate) fn receive6(packet: &[u8], at: usize, table: &Table<'_>) -> Result<FromNic, DropReason> {
     inner::deliver6(packet, at, Sender::Direct, table)
 }
@@ -31,14 +31,16 @@ pub(crate) fn encapsulate(template: &[u64; 8], front: &mut Front) -> usize {
     (template[0] & 0xff) as usize
 }
 
-/// Whether a packet to this destination is for our pods, if it carries no tunnel.
-#[inline]
-pub(crate) fn is_for_us4(ip: &[u8; IPV4_LEN], table: &Table<'_>) -> bool {
-    table.direct && table.v4.is_local(wire::be32(ip, 16))
+/// Whether an IPv4 packet is for our pods, if it carries no tunnel.
+#[inline(always)]
+pub(crate) fn is_for_us4(packet: &[u8], table: &Table<'_>) -> bool {
+    let ours = |ip: &[u8; IPV4_LEN]| table.v4.is_local(wire::be32(ip, 16));
+    table.direct && packet.first_chunk().is_some_and(ours)
 }
 
-/// As [`is_for_us4`].
-#[inline]
-pub(crate) fn is_for_us6(ip: &[u8; IPV6_LEN], table: &Table<'_>) -> bool {
-    table.direct && table.v6.is_local(wire::be128(ip, 24))
+/// As [`is_for_us4`], for IPv6.
+#[inline(always)]
+pub(crate) fn is_for_us6(packet: &[u8], table: &Table<'_>) -> bool {
+    let ours = |ip: &[u8; IPV6_LEN]| table.v6.is_local(wire::ne128(ip, 24));
+    table.direct && packet.first_chunk().is_some_and(ours)
 }

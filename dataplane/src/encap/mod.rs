@@ -58,7 +58,7 @@ fn outer4(packet: &[u8], local: u32, protocol: u8) -> Result<(&[u8; IPV4_LEN], u
         .first_chunk::<IPV4_LEN>()
         .ok_or(DropReason::OuterTruncated)?;
     plain4(ip)?;
-    if wire::ipv4_sum(ip) != 0xffff {
+    if !wire::ipv4_checksum_is_right(ip) {
         return Err(DropReason::OuterChecksum);
     }
     if ip[9] != protocol || wire::be32(ip, 16) != local {

@@ -16,7 +16,7 @@ use crate::wire::{self, IPV4_LEN, PROTOCOL_UDP, UDP_LEN};
 use super::{field, field_of, length, outer4, write};
 
 /// Takes a received packet apart that begins `at` bytes inside its frame, or says why not.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn decapsulate(
     packet: &[u8],
     at: usize,
@@ -43,7 +43,7 @@ pub(crate) fn decapsulate(
 }
 
 /// Fills a header template in for one packet and puts it before it.
-#[inline]
+#[inline(always)]
 pub(crate) fn encapsulate(
     template: &[u64; 8],
     packet: &[u8],

@@ -8,8 +8,9 @@
 use core::net::{Ipv4Addr, Ipv6Addr};
 
 use ripstop_dataplane::forward;
+use ripstop_dataplane::kind::Kind;
 use ripstop_dataplane::table::Table;
-use ripstop_dataplane::verdict::{DropReason, FromHost, HEADER_MAX};
+use ripstop_dataplane::verdict::{DropReason, FromHost, FromNic, HEADER_MAX};
 use ripstop_fib::sync::words;
 use ripstop_fib::{
     Adjacency, Backend, Dscp, Ethernet, ImageBuilder, Local, NICS, NicRecord, Node, Route, Word,
@@ -322,13 +323,34 @@ pub(crate) fn image_with(own: u8, change: impl Fn(&mut Node), vlan: Option<u16>)
     builder.build().unwrap()
 }
 
-/// The frame that a packet from the host becomes.
-pub(crate) fn sent(packet: &[u8], table: &Table<'_>) -> Result<Vec<u8>, DropReason> {
-    let mut front = [0xa5; HEADER_MAX];
-    match forward::from_host(packet, &mut front, table, 77) {
-        FromHost::Send { push } => Ok([&front[HEADER_MAX - push..], packet].concat()),
-        FromHost::Drop(reason) => Err(reason),
+/// The decision about a frame from the NIC, which is the same whatever kind of packets was expected.
+pub(crate) fn received(frame: &[u8], table: &Table<'_>) -> FromNic {
+    let verdict = forward::from_nic(frame, table);
+    for kind in Kind::ALL {
+        let mostly = forward::from_nic_mostly(kind, frame, table);
+        assert_eq!(mostly, verdict, "among {kind:?}");
     }
+    verdict
+}
+
+/// The frame that a packet from the host becomes, which is the same whatever kind of packets was expected.
+#[expect(
+    clippy::panic_in_result_fn,
+    reason = "the error is a verdict; what differs by kind is a fault"
+)]
+pub(crate) fn sent(packet: &[u8], table: &Table<'_>) -> Result<Vec<u8>, DropReason> {
+    let among = |kind| {
+        let mut front = [0xa5; HEADER_MAX];
+        match forward::from_host_mostly(kind, packet, &mut front, table, 77) {
+            FromHost::Send { push } => Ok([&front[HEADER_MAX - push..], packet].concat()),
+            FromHost::Drop(reason) => Err(reason),
+        }
+    };
+    let sent = among(Kind::from_host(packet, table));
+    for kind in Kind::ALL {
+        assert_eq!(among(kind), sent, "among {kind:?}");
+    }
+    sent
 }
 
 /// An inner IPv6 packet; UDP with a right checksum unless told otherwise.

@@ -45,12 +45,13 @@ fn ask_everything(image: &Image<'_>, probes: &[u64]) {
                 image.check_peer4(outer, addr);
             }
         }
-        image.lookup6(u128::from(*probe));
-        for outer in [u128::from(*probe), 0xfd00_0199 << 96 | 0x12, u128::MAX] {
-            image.check_peer6(outer, u128::from(*probe) << 40);
+        let probe = u128::from(*probe);
+        for outer in [probe, 0xfd00_0199 << 96 | 0x12, u128::MAX] {
+            image.check_peer6(&outer.to_be_bytes(), &(probe << 40).to_be_bytes());
         }
-        image.lookup6(u128::from(*probe) << 64);
-        image.lookup6(0xfd10_0244_0002 << 80 | u128::from(*probe) << 40);
+        for addr in [probe, probe << 64, 0xfd10_0244_0002 << 80 | probe << 40] {
+            image.lookup6(&addr.to_be_bytes());
+        }
     }
 }
 
