@@ -18,6 +18,7 @@ use crate::netlink::{Netlink, NetlinkError, Refusal, Request};
 use crate::rules::{self, FilterError};
 use crate::standby::{self, PROTOCOL, TABLE_MAIN};
 use crate::state::{STATE_FILE, State};
+use crate::traffic::{self, TrafficError, blackhole};
 
 /// Why something is left.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +51,9 @@ pub enum CleanupError {
     /// The filter or the guard stays.
     #[error(transparent)]
     Filter(#[from] FilterError),
+    /// A masquerade or forward rule stays.
+    #[error("masquerade and forward rules: {0}")]
+    Traffic(#[from] TrafficError),
     /// A file stays.
     #[error("remove {path}: {source}")]
     File {
@@ -94,7 +98,8 @@ impl core::fmt::Display for Cleanup {
     }
 }
 
-/// Removes rules, routes, filter, guard and files; with `with_standby`, also the kernel's own path, whatever the backend.
+/// Removes rules, routes, filter, guard and files; with `with_standby`, also what flannel would leave: the kernel's own
+/// path, whatever the backend, masquerade and forward rules.
 pub fn cleanup(run_dir: &Path, force: bool, with_standby: bool) -> Result<Cleanup, CleanupError> {
     for (process, name) in [
         ("control plane", CONTROLPLANE_LOCK),
@@ -130,6 +135,15 @@ pub fn cleanup(run_dir: &Path, force: bool, with_standby: bool) -> Result<Cleanu
             ));
         }
         done.note(remove_port(state.as_ref(), run_dir));
+        // Without these, pods that still run would reach nobody outside.
+        let (removed, errors) = traffic::remove();
+        done.removed.extend(removed);
+        for error in errors {
+            done.note(Err(error.into()));
+        }
+        for family in Family::ALL {
+            done.note(remove_blackholes(&mut netlink, family));
+        }
     }
     done.note(match rules::remove() {
         Ok(true) => Ok(Some(format!(
@@ -219,6 +233,14 @@ fn remove_routes(
         &requests,
         format!("{} {family} {what} (table {table})", requests.len()),
     )
+}
+
+fn remove_blackholes(
+    netlink: &mut Netlink,
+    family: Family,
+) -> Result<Option<String>, CleanupError> {
+    let outcome = blackhole::keep(netlink, family, None)?;
+    Ok((outcome.changed > 0).then(|| format!("{family} blackhole route")))
 }
 
 /// Backend and port of the forwarding table, if there is one.

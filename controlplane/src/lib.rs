@@ -33,6 +33,7 @@ pub mod standby;
 pub mod state;
 pub mod sys;
 pub mod table;
+pub mod traffic;
 pub mod uplink;
 
 /// Where the shared regions are unless the operator says otherwise.

@@ -1,12 +1,14 @@
 //! The control-plane process: reads its configuration, starts the lease source, runs the loop.
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use core::time::Duration;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use clap::Parser;
+use clap::{ArgAction, Parser};
+use ipnet::IpNet;
 use ripstop_controlplane::family::PerFamily;
 use ripstop_controlplane::interface::Selection;
 use ripstop_controlplane::lease::file::FileSource;
@@ -14,6 +16,7 @@ use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
 use ripstop_controlplane::netconf::{Backend, NetConf};
 use ripstop_controlplane::reconcile::{Reconciler, Settings};
 use ripstop_controlplane::sys::{Signals, Wake, hostname};
+use ripstop_controlplane::traffic::{self, Mode};
 use ripstop_controlplane::{DEFAULT_RUN_DIR, detour, explained};
 use tracing_subscriber::EnvFilter;
 
@@ -57,6 +60,30 @@ struct Flags {
         default_value = "on"
     )]
     guard: Switch,
+    /// Have pods talk to the outside in the name of their node
+    #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set)]
+    ip_masq: bool,
+    /// Leave the ports of masqueraded flows to the kernel's usual choice
+    #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set)]
+    ip_masq_fully_random_disable: bool,
+    /// Accept what is forwarded from and to pods
+    #[arg(long, value_name = "BOOL", default_value_t = true, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set)]
+    iptables_forward_rules: bool,
+    /// How often masquerade and forward rules are looked at
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    iptables_resync: u64,
+    /// Destination that pods reach with their own address; repeatable, or separated by commas
+    #[arg(
+        long,
+        env = "RIPSTOP_NO_MASQUERADE",
+        value_name = "CIDR",
+        value_delimiter = ',',
+        value_parser = Exempt::parse
+    )]
+    no_masquerade: Vec<Exempt>,
+    /// Keep a route that refuses what is for no pod of this node
+    #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set)]
+    ip_blackhole_route: bool,
     /// error, warn, info, debug, trace, or a filter as tracing-subscriber takes it
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: EnvFilter,
@@ -67,6 +94,18 @@ struct Flags {
 enum Switch {
     On,
     Off,
+}
+
+/// A prefix, or nothing: an environment variable may be set and empty.
+#[derive(Debug, Clone)]
+struct Exempt(Option<IpNet>);
+
+impl Exempt {
+    fn parse(text: &str) -> Result<Self, ipnet::AddrParseError> {
+        let text = text.trim();
+        let net = (!text.is_empty()).then(|| text.parse());
+        net.transpose().map(Self)
+    }
 }
 
 fn main() -> ExitCode {
@@ -113,6 +152,19 @@ fn run(flags: Flags) -> anyhow::Result<()> {
                 v6: conf.network6.is_some(),
             },
             host_gw: conf.backend == Backend::HostGw,
+        },
+        traffic: traffic::Settings {
+            mode: Mode::choose(conf.nftables),
+            masquerade: flags.ip_masq,
+            forward: flags.iptables_forward_rules,
+            random_fully: !flags.ip_masq_fully_random_disable,
+            no_masquerade: flags
+                .no_masquerade
+                .into_iter()
+                .filter_map(|Exempt(net)| net)
+                .collect(),
+            resync: Duration::from_secs(flags.iptables_resync),
+            blackhole: flags.ip_blackhole_route,
         },
         conf,
         run_dir: flags.run_dir,

@@ -29,6 +29,8 @@ pub struct NetConf {
     pub backend: Backend,
     /// The priority bits of outer headers.
     pub dscp: Dscp,
+    /// Masquerade and forward rules are kept in nftables instead of iptables.
+    pub nftables: bool,
 }
 
 /// How packets reach other nodes.
@@ -252,6 +254,7 @@ impl NetConf {
         let entries = object(serde_json::from_slice(bytes)?, "the file")?;
         let mut ipv4 = true;
         let mut ipv6 = false;
+        let mut nftables = false;
         let (mut network, mut network6) = (None, None);
         // Flannel's default when the key is absent, whatever its documentation says.
         let mut backend = RawBackend {
@@ -263,8 +266,7 @@ impl NetConf {
             match key.as_str() {
                 "enableipv4" => boolean("EnableIPv4", &value, &mut ipv4)?,
                 "enableipv6" => boolean("EnableIPv6", &value, &mut ipv6)?,
-                // Masquerade rules are not this version's; both of flannel's modes are as good.
-                "enablenftables" => boolean("EnableNFTables", &value, &mut false)?,
+                "enablenftables" => boolean("EnableNFTables", &value, &mut nftables)?,
                 "network" => network = Some(ipv4_network(&value)?),
                 "ipv6network" => network6 = Some(cidr("IPv6Network", &value)?),
                 // Subnet allocation is the etcd source's; the types are checked all the same, as flannel does.
@@ -317,6 +319,7 @@ impl NetConf {
             network6: given6,
             backend,
             dscp,
+            nftables,
         })
     }
 }
@@ -671,6 +674,7 @@ mod tests {
         let conf = parsed(r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#);
         assert_eq!(conf.network, Some("10.244.0.0/16".parse().unwrap()));
         assert_eq!((conf.network6, conf.dscp), (None, Dscp::Fixed(0)));
+        assert!(!conf.nftables);
         assert_eq!(
             conf.backend,
             Backend::Vxlan(Vxlan {
@@ -748,8 +752,9 @@ mod tests {
     #[test]
     fn keys_fold_case_last_wins_and_host_bits_are_cleared() {
         let text = r#"{"network":"10.0.0.0/8","NETWORK":"10.244.7.9/16","EnableIPv4":null,"EnableIPv6":false,
-            "SubnetLen":24,"SubnetMin":"10.244.1.0","unknown":[1,2],"backend":{"Type":"udp"},"Backend":{"Type":"vxlan"}}"#;
+            "enableNFTables":true,"SubnetLen":24,"SubnetMin":"10.244.1.0","unknown":[1,2],"backend":{"Type":"udp"},"Backend":{"Type":"vxlan"}}"#;
         assert_eq!(parsed(text).network, Some("10.244.0.0/16".parse().unwrap()));
+        assert!(parsed(text).nftables);
     }
 
     #[test]

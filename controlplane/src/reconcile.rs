@@ -6,7 +6,7 @@
 //!   stats ─────┤             ├─ 3 withdraw   routes through rip0 that workers can no longer serve
 //!   timers ────┘             ├─ 4 publish    the forwarding table, if a bit of it changed
 //!                            ├─ 5 standby    the kernel's own path
-//!                            ├─ 6 filter     who may tunnel into it; the guard: no pod as a node
+//!                            ├─ 6 filter     who may tunnel into it; the guard: no pod as a node; masquerade
 //!                            └─ 7 detour     routes through rip0 that every worker can serve
 //! ```
 //!
@@ -46,8 +46,9 @@ use crate::problems::Problems;
 use crate::publish::{DataPlane, Fib, FibError, Published};
 use crate::rules::{Filter, FilterKeeper};
 use crate::standby::{self, StandbyError, TABLE_MAIN};
-use crate::state::State;
+use crate::state::{RulesState, State};
 use crate::sys::{Signals, Wake, wait_readable};
+use crate::traffic::{self, Networks, blackhole};
 use crate::uplink::{self, Uplink};
 
 /// How often heartbeats are looked at: a data plane that stands still is noticed within this and the age allowed.
@@ -218,6 +219,8 @@ pub struct Settings {
     pub table: u32,
     /// Pods may not send in the name of nodes.
     pub guard: bool,
+    /// Masquerade and forward rules.
+    pub traffic: traffic::Settings,
     /// What the lease source calls itself.
     pub lease_source: String,
 }
@@ -230,6 +233,7 @@ pub struct Reconciler {
     monitor: Monitor,
     fib: Fib,
     filter: FilterKeeper,
+    traffic: traffic::Keeper,
     problems: Problems,
     steps: Steps,
     /// In force.
@@ -246,6 +250,8 @@ pub struct Reconciler {
     /// What a control plane before us left, by its own account: to be removed where we want something else.
     former_devices: Vec<String>,
     former_fou: Option<u16>,
+    /// There may be blackhole routes of ours that nobody wants.
+    former_blackholes: bool,
     /// What came of loading the module for it, if that was tried.
     fou_module: Option<Result<(), String>>,
     /// The standby's budget was used up: when its work began, and what it has done.
@@ -277,6 +283,7 @@ impl Reconciler {
         let monitor = Monitor::open()?;
         let netlink = Netlink::open()?;
         let filter = FilterKeeper::start()?;
+        let traffic = traffic::Keeper::start(settings.traffic.mode, settings.traffic.resync)?;
         let now = Instant::now();
         let generation = fib.generation()?;
         let resolved: HashSet<IpNet> = fib.resolved_subnets()?.into_iter().collect();
@@ -301,6 +308,7 @@ impl Reconciler {
             monitor,
             fib,
             filter,
+            traffic,
             problems: Problems::default(),
             steps,
             leases: None,
@@ -312,6 +320,7 @@ impl Reconciler {
             standby_links: PerFamily::default(),
             former_devices: former.standby_devices,
             former_fou: former.fou_port,
+            former_blackholes: true,
             fou_module: None,
             standby_unfinished: false,
             standby_since: None,
@@ -457,6 +466,7 @@ impl Reconciler {
     fn problems(&self) -> Vec<String> {
         let mut problems = self.problems.list();
         problems.extend(self.filter.problem());
+        problems.extend(self.traffic.problems());
         problems
     }
 
@@ -589,6 +599,7 @@ impl Reconciler {
                 guard: self.guard(&pending, &addresses),
                 ..Filter::new(&pending, &self.settings.conf)
             });
+            self.traffic.set(self.rules_wanted(&pending));
             self.leases = Some(pending);
             for step in self.all_steps() {
                 step.wake();
@@ -608,6 +619,33 @@ impl Reconciler {
             nodes: Arc::clone(&self.nodes),
             interfaces: guard::interfaces(leases, &self.settings.conf, &self.links, addresses),
         })
+    }
+
+    /// What the masquerade and forward rules have to be.
+    fn rules_wanted(&self, leases: &LeaseSet) -> traffic::Wanted {
+        let traffic::Settings {
+            masquerade,
+            forward,
+            random_fully,
+            no_masquerade,
+            ..
+        } = &self.settings.traffic;
+        let networks = |family| {
+            Some(Networks {
+                network: self.settings.conf.network(family)?,
+                subnet: leases.own(family)?.subnet,
+            })
+        };
+        traffic::Wanted {
+            masquerade: *masquerade,
+            forward: *forward,
+            random_fully: *random_fully,
+            families: PerFamily {
+                v4: networks(Family::V4),
+                v6: networks(Family::V6),
+            },
+            no_masquerade: no_masquerade.clone(),
+        }
     }
 
     fn follow_next_hops(
@@ -800,6 +838,7 @@ impl Reconciler {
             refused.extend(outcome.peers.refused);
             errors.extend(outcome.device_error.map(StepError::Standby));
         }
+        self.keep_blackholes(leases)?;
         self.standby_unfinished = remaining > 0;
         if self.standby_unfinished {
             self.standby_since = Some(start);
@@ -813,6 +852,35 @@ impl Reconciler {
         }
         errors.extend(refusals(refused).err());
         all_of(errors)
+    }
+
+    /// The routes that refuse what is for no pod of ours.
+    fn keep_blackholes(&mut self, leases: &LeaseSet) -> Result<(), StepError> {
+        let wanted = self.settings.traffic.blackhole;
+        if !wanted && !self.former_blackholes {
+            return Ok(());
+        }
+        let mut refused = None;
+        for family in Family::ALL {
+            let own = leases.own(family).filter(|_| wanted);
+            let subnet = own.map(|own| own.subnet);
+            let outcome = blackhole::keep(&mut self.netlink, family, subnet)?;
+            if outcome.changed > 0 {
+                tracing::info!(%family, ?subnet, "blackhole route set");
+            }
+            refused = refused.or(outcome.refused);
+        }
+        self.former_blackholes = false;
+        match refused {
+            Some(refusal) => self.problems.raise(
+                "blackhole",
+                format!(
+                    "blackhole route: {refusal}: another route to this node's subnet is there; --ip-blackhole-route is for networks without a bridge"
+                ),
+            ),
+            None => self.problems.clear("blackhole"),
+        }
+        Ok(())
     }
 
     /// Opens foo-over-UDP; where the kernel lacks it, has the module loaded, once.
@@ -1081,6 +1149,12 @@ impl Reconciler {
             },
             filtered: devices().map(|(family, _)| family.to_string()).collect(),
             guard: self.is_guarded(),
+            rules: Some(RulesState {
+                mode: self.settings.traffic.mode,
+                masquerade: self.settings.traffic.masquerade,
+                forward: self.settings.traffic.forward,
+                no_masquerade: self.settings.traffic.no_masquerade.clone(),
+            }),
             underlay: self.underlay.as_ref().map(|underlay| underlay.name.clone()),
             uplinks: described(&self.uplinks),
             public_ips: own.iter().map(|own| own.public_ip).collect(),

@@ -20,7 +20,7 @@ use crate::mac::Mac;
 use crate::netlink::message::RouteFilter;
 use crate::netlink::{Netlink, NetlinkError};
 use crate::publish::{self, HEARTBEAT_MAX};
-use crate::state::State;
+use crate::state::{RulesState, State};
 use crate::table::{Align, grouped, render, scaled};
 use crate::{detour, guard, rules, standby};
 
@@ -575,6 +575,20 @@ fn standby_devices(state: Option<&State>) -> String {
     }
 }
 
+fn rules_described(rules: &RulesState) -> String {
+    let mut text = format!(
+        "masquerade {}, forward {}, in {}",
+        yes(rules.masquerade, "on", "off"),
+        yes(rules.forward, "on", "off"),
+        rules.mode.name()
+    );
+    if rules.masquerade && !rules.no_masquerade.is_empty() {
+        let exempt = rules.no_masquerade.iter().map(ToString::to_string);
+        let _ = write!(text, ", not to {}", exempt.collect::<Vec<_>>().join(", "));
+    }
+    text
+}
+
 impl FibStatus {
     /// Backend, its numbers and the pods' MTUs.
     fn described(&self) -> String {
@@ -645,6 +659,9 @@ impl core::fmt::Display for Status {
             write!(f, "\nunderlay       {underlay}, {addresses}")?;
             if state.uplinks.iter().any(|uplink| uplink != underlay) {
                 write!(f, ", uplinks {}", state.uplinks.join(", "))?;
+            }
+            if let Some(rules) = &state.rules {
+                write!(f, "\nrules          {}", rules_described(rules))?;
             }
         }
         match &self.path {

@@ -24,9 +24,9 @@ use core::fmt::Write as _;
 use core::net::IpAddr;
 use core::time::Duration;
 use std::collections::BTreeSet;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::AsFd;
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -40,7 +40,7 @@ use crate::netconf::{Backend, NetConf};
 use crate::netlink::NetlinkError;
 use crate::netlink::monitor::RulesetMonitor;
 use crate::standby;
-use crate::sys::{Wake, wait_readable};
+use crate::sys::{Wake, run_program, wait_readable};
 
 /// Name of our tables, families `ip` and `ip6`.
 pub const TABLE: &str = "ripstop";
@@ -554,26 +554,10 @@ pub enum FilterError {
 }
 
 fn nft(arguments: &[&str], input: &str) -> Result<Output, FilterError> {
-    // A service's PATH may lack the directory.
-    for program in ["nft", "/usr/sbin/nft"] {
-        let mut command = Command::new(program);
-        command
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut child = match command.spawn() {
-            Ok(child) => child,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error.into()),
-        };
-        if let Some(mut stdin) = child.stdin.take() {
-            // nft reads all of its input before it prints anything.
-            stdin.write_all(input.as_bytes())?;
-        }
-        return Ok(child.wait_with_output()?);
-    }
-    Err(FilterError::Missing)
+    run_program("nft", arguments, input).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => FilterError::Missing,
+        _ => error.into(),
+    })
 }
 
 fn run(arguments: &[&str], input: &str) -> Result<String, FilterError> {

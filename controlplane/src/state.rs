@@ -4,7 +4,10 @@ use core::net::IpAddr;
 use std::io;
 use std::path::Path;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+
+use crate::traffic::Mode;
 
 /// Name of the file in the run directory.
 pub const STATE_FILE: &str = "controlplane.json";
@@ -32,6 +35,9 @@ pub struct State {
     /// Pods may not send in the name of nodes.
     #[serde(default)]
     pub guard: bool,
+    /// The masquerade and forward rules.
+    #[serde(default)]
+    pub rules: Option<RulesState>,
     /// The underlay interface, if one was found.
     pub underlay: Option<String>,
     /// The interfaces that workers send by, with their NICs.
@@ -52,6 +58,20 @@ pub struct State {
     pub unresolved: Vec<String>,
     /// What is wrong.
     pub problems: Vec<String>,
+}
+
+/// The masquerade and forward rules that a control plane keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RulesState {
+    /// Who holds them.
+    pub mode: Mode,
+    /// Pods talk to the outside in the name of their node.
+    pub masquerade: bool,
+    /// Forwarded packets from and to pods are accepted.
+    pub forward: bool,
+    /// Destinations that pods reach with their own address.
+    pub no_masquerade: Vec<IpNet>,
 }
 
 impl State {

@@ -6,10 +6,11 @@
 
 use core::time::Duration;
 use std::ffi::CString;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
 
 /// What `setsockopt` is told about an integer.
 const INT_LENGTH: libc::socklen_t = 4;
@@ -195,6 +196,53 @@ pub fn force_receive_buffer(socket: &netlink_sys::Socket, bytes: libc::c_int) ->
     } else {
         Ok(())
     }
+}
+
+/// Where a program of the system may be: a service's `PATH` may lack the second directory.
+fn program_paths(program: &str) -> [PathBuf; 2] {
+    [program.into(), Path::new("/usr/sbin").join(program)]
+}
+
+/// Whether a program can be found by [`spawn_program`].
+pub fn has_program(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut directories: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    directories.push("/usr/sbin".into());
+    directories
+        .iter()
+        .any(|directory| directory.join(program).is_file())
+}
+
+/// Starts a program of the system with pipes to all that it reads and writes. Where it is not installed, the error's
+/// kind is `NotFound`.
+pub fn spawn_program(program: &str, arguments: &[&str]) -> io::Result<Child> {
+    let mut result = Err(io::ErrorKind::NotFound.into());
+    for path in program_paths(program) {
+        result = Command::new(path)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        match &result {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Ok(_) | Err(_) => break,
+        }
+    }
+    result
+}
+
+/// Runs a program of the system that reads all of its input before it prints anything, or none of it.
+pub fn run_program(program: &str, arguments: &[&str], input: &str) -> io::Result<Output> {
+    let mut child = spawn_program(program, arguments)?;
+    if let Some(mut stdin) = child.stdin.take() {
+        match stdin.write_all(input.as_bytes()) {
+            // It has ended, and says why.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            written => written?,
+        }
+    }
+    child.wait_with_output()
 }
 
 /// The host's name, as `uname -n` prints it.

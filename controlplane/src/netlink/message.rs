@@ -492,11 +492,15 @@ impl Route {
     }
 
     pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
+        Self::parse_kind(payload, RouteType::Unicast)
+    }
+
+    fn parse_kind(payload: &[u8], wanted: RouteType) -> Option<Self> {
         // struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type; flags at 8.
         let [family, length, _, _, table, protocol, scope, kind] = *payload.first_chunk::<8>()?;
         let flags = RouteFlags::from_bits_retain(u32_at(payload, 8)?);
         // IPv6 lists what it has learned, like path MTUs, among the routes.
-        if RouteType::from(kind) != RouteType::Unicast || flags.contains(RouteFlags::Cloned) {
+        if RouteType::from(kind) != wanted || flags.contains(RouteFlags::Cloned) {
             return None;
         }
         let any: IpAddr = match Family::from_netlink(family)? {
@@ -864,6 +868,22 @@ impl Netlink {
         Ok(routes)
     }
 
+    /// Routes of a table that drop what they match.
+    pub fn blackholes(&mut self, family: Family, table: u32) -> Result<Vec<Route>, NetlinkError> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family.netlink();
+        message.header.kind = RouteType::BlackHole;
+        message.attributes.push(RouteAttribute::Table(table));
+        let request = RouteNetlinkMessage::GetRoute(message);
+        let filter = RouteFilter::table(family, table);
+        let mut routes = Vec::new();
+        self.dump("routes", &request, RTM_NEWROUTE, |payload| {
+            let route = Route::parse_kind(payload, RouteType::BlackHole);
+            routes.extend(route.filter(|route| filter.matches(route)));
+        })?;
+        Ok(routes)
+    }
+
     /// Neighbour entries of one family on one interface.
     pub fn neighbours(
         &mut self,
@@ -1157,6 +1177,34 @@ pub fn replace_route(route: &Route) -> Request {
 pub fn delete_route(route: &Route) -> Request {
     Request {
         message: RouteNetlinkMessage::DelRoute(route_message(route)),
+        flags: 0,
+    }
+}
+
+fn blackhole_message(route: &Route) -> RouteMessage {
+    let mut message = route_message(route);
+    message.header.kind = RouteType::BlackHole;
+    message
+}
+
+/// Has what is for this destination dropped, unless there is a route to it already.
+pub fn add_blackhole(destination: IpNet, table: u32, protocol: u8) -> Request {
+    let route = Route::to(destination, table, protocol);
+    Request {
+        message: RouteNetlinkMessage::NewRoute(blackhole_message(&route)),
+        flags: NLM_F_CREATE | NLM_F_EXCL,
+    }
+}
+
+/// Removes a route that [`Netlink::blackholes`] has found.
+pub fn delete_blackhole(route: &Route) -> Request {
+    // The kernel lists them with the loopback interface, and wants none.
+    let route = Route {
+        link: 0,
+        ..route.clone()
+    };
+    Request {
+        message: RouteNetlinkMessage::DelRoute(blackhole_message(&route)),
         flags: 0,
     }
 }
