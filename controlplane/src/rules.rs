@@ -554,9 +554,12 @@ pub enum FilterError {
 }
 
 fn nft(arguments: &[&str], input: &str) -> Result<Output, FilterError> {
-    run_program("nft", arguments, input).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => FilterError::Missing,
-        _ => error.into(),
+    run_program("nft", arguments, input).map_err(|error| {
+        if error.kind() == io::ErrorKind::NotFound {
+            FilterError::Missing
+        } else {
+            error.into()
+        }
     })
 }
 

@@ -252,9 +252,10 @@ pub enum TrafficError {
 
 impl TrafficError {
     fn run(program: &'static str, package: &'static str, source: io::Error) -> Self {
-        match source.kind() {
-            io::ErrorKind::NotFound => Self::Missing { program, package },
-            _ => Self::Run { program, source },
+        if source.kind() == io::ErrorKind::NotFound {
+            Self::Missing { program, package }
+        } else {
+            Self::Run { program, source }
         }
     }
 

@@ -215,7 +215,7 @@ impl Nft {
             if present.as_ref() == Some(&right) {
                 (false, Some(right))
             } else {
-                self.load(family, wanted, wished)?;
+                self.load(family, wanted, &wished)?;
                 tracing::info!(%family, "masquerade and forward rules set in nftables");
                 (true, list(family)?)
             }
@@ -233,16 +233,16 @@ impl Nft {
         &mut self,
         family: Family,
         wanted: &Wanted,
-        wished: Vec<Chain>,
+        wished: &[Chain],
     ) -> Result<(), TrafficError> {
         let is_whole = |present: Option<String>| {
-            let right = listing(family, &wished);
+            let right = listing(family, wished);
             present.is_some_and(|present| parts(&present).eq(parts(&right)))
         };
-        if self.commit(&fill(family, &wished)).is_ok() && is_whole(list(family)?) {
+        if self.commit(&fill(family, wished)).is_ok() && is_whole(list(family)?) {
             return Ok(());
         }
-        let Err(error) = self.commit(&replace(family, &wished)) else {
+        let Err(error) = self.commit(&replace(family, wished)) else {
             return Ok(());
         };
         if !wanted.random_fully || self.not_random {
@@ -250,7 +250,9 @@ impl Nft {
         }
         let plain = chains(family, wanted, false);
         // If that is not the reason either, the first answer is the one that counts.
-        self.commit(&replace(family, &plain)).map_err(|_| error)?;
+        if self.commit(&replace(family, &plain)).is_err() {
+            return Err(error);
+        }
         self.not_random = true;
         tracing::info!("this kernel does not choose ports of masqueraded flows at random");
         Ok(())
