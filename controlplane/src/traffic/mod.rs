@@ -225,7 +225,7 @@ impl Wanted {
 #[derive(Debug, thiserror::Error)]
 pub enum TrafficError {
     /// A program is not installed.
-    #[error("the program {program} is missing: install the package {package}")]
+    #[error("{program} is not installed, it is in the package {package}")]
     Missing {
         /// Its name.
         program: &'static str,
