@@ -307,6 +307,15 @@ fn rules_heal() {
             let took = wait_for(&namespace, mode, what);
             println!("{mode:?}: {what}: back after {took:?}");
         }
+        // Over and over, also in the middle of a repair: what is not there to be deleted does not matter.
+        for round in 0..60 {
+            namespace.try_command("nft", "delete table ip flannel-ipv4");
+            namespace.try_command("nft", "delete table ip6 flannel-ipv6");
+            namespace.try_command("iptables", "-t nat -F FLANNEL-POSTRTG");
+            std::thread::sleep(Duration::from_millis(round % 20));
+        }
+        let took = wait_for(&namespace, mode, "the rules after all that");
+        println!("{mode:?}: damaged sixty times in a row: back after {took:?}");
         assert_eq!(keeper.problems(), Vec::<String>::new(), "{mode:?}");
     }
 }

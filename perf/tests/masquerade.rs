@@ -89,50 +89,35 @@ fn seen(
 
 /// What stands outside, and marks in the first node as kube-proxy sets them.
 fn prepare(lab: &Lab) -> Result<()> {
-    for (family, outside) in [("-4", OUTSIDE[0]), ("-6", OUTSIDE[1])] {
-        let attacker = lab.attacker();
-        let length = if family == "-4" { "/32" } else { "/128" };
-        let outside = format!("{outside}{length}");
-        attacker.output(&["ip", family, "addr", "add", &outside, "dev", "eth0"])?;
-        let (network, gateway) = match family {
-            "-4" => (address::POD_NETWORK, lab.node(1).address().to_string()),
-            _ => (address::POD_NETWORK6, lab.node(1).address6().to_string()),
+    let (node, attacker) = (lab.node(1), lab.attacker());
+    for family in Family::ALL {
+        let (option, length, network, group, table) = match family {
+            Family::Ipv4 => ("-4", 32, address::POD_NETWORK, "239.0.0.0/8", "main"),
+            Family::Ipv6 => ("-6", 128, address::POD_NETWORK6, "ff0e::/16", "local"),
         };
-        attacker.output(&["ip", family, "route", "add", network, "via", &gateway])?;
-        let uplink = ON_UPLINK[usize::from(family == "-6")].to_owned() + length;
-        let add = ["ip", family, "addr", "add", &uplink, "dev", "eth0"];
-        lab.node(1).output(&add)?;
-        let group = if family == "-4" {
-            "239.0.0.0/8"
-        } else {
-            "ff0e::/16"
+        let add_address = |host: &dyn Host, address: &str| {
+            let address = format!("{address}/{length}");
+            let mut command = vec!["ip", option, "addr", "add", &address, "dev", "eth0"];
+            // An address that is being looked for elsewhere is no source.
+            command.extend(Some("nodad").filter(|_| family == Family::Ipv6));
+            host.output(&command).map(drop)
         };
-        let table: &[&str] = if family == "-4" {
-            &[]
-        } else {
-            &["table", "local"]
-        };
-        let route = [
-            "ip",
-            family,
-            "route",
-            "add",
-            "multicast",
-            group,
-            "dev",
-            "eth0",
-        ];
-        lab.node(1).output(&[&route[..], table].concat())?;
+        add_address(attacker, OUTSIDE[position(family)])?;
+        add_address(node, ON_UPLINK[position(family)])?;
+        let gateway = node.address_of(family).to_string();
+        attacker.output(&["ip", option, "route", "add", network, "via", &gateway])?;
+        let groups = ["multicast", group, "dev", "eth0", "table", table];
+        node.output(&[&["ip", option, "route", "add"], &groups[..]].concat())?;
     }
     let marks = lab.dir().join("marks.nft");
+    let rule = format!("udp dport {MARKED} meta mark set 0xc001");
     std::fs::write(
         &marks,
         format!(
-            "table inet marks {{\nchain pre {{\ntype filter hook prerouting priority mangle;\nudp dport {MARKED} meta mark set 0xc001\n}}\n}}\n"
+            "table inet marks {{\nchain pre {{\ntype filter hook prerouting priority mangle;\n{rule}\n}}\n}}\n"
         ),
     )?;
-    lab.node(1)
-        .output(&["nft", "-f", &marks.to_string_lossy()])?;
+    node.output(&["nft", "-f", &marks.to_string_lossy()])?;
     Ok(())
 }
 

@@ -222,7 +222,7 @@ impl Nft {
         };
         *self.known.get_mut(family) = Known {
             wanted: wanted.clone(),
-            away: listed.is_none(),
+            away: wished.is_empty(),
             listed,
         };
         Ok(changed)
