@@ -1,7 +1,7 @@
 //! Masquerade and forward rules, with the meaning that flannel's rules in iptables have.
 //!
 //! A pod that talks to somebody outside the pod network does so in the name of its node, and forwarded packets of pods
-//! are accepted. What the rules say is decided here, once ([`Rule`]); `iptables.rs` and `nft.rs` only write it down,
+//! are accepted. What the rules say is decided here, once (`Rule`); `iptables.rs` and `nft.rs` only write it down,
 //! so that both modes mean the same.
 //!
 //! Everything is compared before it is changed, and changed in one transaction that empties and fills a chain, never in
