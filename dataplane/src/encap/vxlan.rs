@@ -317,13 +317,10 @@ pub(crate) fn encapsulate6(
     let port = source_port(hash);
     let inner = match wire::ipv6_sum_by_transport(packet, ip) {
         Some(sum) => sum,
-        None => wire::sum(packet),
+        None => u32::from(wire::sum(packet)),
     };
     // The length counts twice: in the pseudo header and in the UDP header.
-    let sum = u32::from(field_of(words[9], 0))
-        + 2 * u32::from(udp_len)
-        + u32::from(port)
-        + u32::from(inner);
+    let sum = u32::from(field_of(words[9], 0)) + 2 * u32::from(udp_len) + u32::from(port) + inner;
     // What adds up to zero is sent as all ones: zero would mean "none" (RFC 8200 section 8.1).
     let checksum = match !wire::fold(sum) {
         0 => u16::MAX,
