@@ -17,6 +17,7 @@ pub mod compile;
 pub mod detour;
 pub mod family;
 pub mod fou;
+pub mod goflags;
 pub mod guard;
 pub mod interface;
 pub mod lease;
