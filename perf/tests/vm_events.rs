@@ -142,7 +142,7 @@ fn a_worker_that_polls_its_nic_keeps_its_queue_too() -> Result<()> {
 }
 
 fn queues_come_under_workers(keys: Value) -> Result<()> {
-    under_traffic_with(keys, |lab, _device, traffic| {
+    under_traffic_with(keys, |lab, device, traffic| {
         let node = lab.node(1);
         ensure!(
             vm::set_channels(node, WORKERS - 1).is_err(),
@@ -157,7 +157,10 @@ fn queues_come_under_workers(keys: Value) -> Result<()> {
                 })?;
                 flows(traffic).context("with queues that have no worker")?;
                 // Both nodes have one address each, by which igb chooses one queue: it may be one without a worker.
-                vm::command(node, &format!("ethtool -X eth0 equal {WORKERS}"))?;
+                // To a virtio NIC the tap gives each flow's packets by the queue that sends it.
+                if !device.driver()?.ends_with("virtio_net") {
+                    vm::command(node, &format!("ethtool -X eth0 equal {WORKERS}"))?;
+                }
             }
             Err(error) => println!("this driver has no more queues to give: {error:#}"),
         }
