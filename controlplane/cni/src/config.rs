@@ -141,16 +141,39 @@ impl NetConf {
 
     /// `prevResult`, without which there is nothing to check against.
     ///
+    /// A route without a gateway has that of the first address of its family: so `ADD` put it into the kernel, but the
+    /// reference plugins' `CHECK` looks for one without any, and finds no route of flannel's.
+    ///
     /// # Errors
     /// It is not there.
-    pub fn prev_result(&self) -> Result<&Value, CniError> {
-        self.prev_result.as_ref().ok_or_else(|| {
+    pub fn prev_result(&self) -> Result<Value, CniError> {
+        let mut result = self.prev_result.clone().ok_or_else(|| {
             CniError::new(
                 Code::Configuration,
                 "CHECK needs \"prevResult\" in the configuration",
                 "the runtime has to pass the result of ADD",
             )
-        })
+        })?;
+        let text = |value: &Value, key| value.get(key).and_then(Value::as_str).map(str::to_owned);
+        let ips = result.get("ips").and_then(Value::as_array);
+        let gateways: Vec<String> = ips
+            .into_iter()
+            .flatten()
+            .filter_map(|ip| text(ip, "gateway"))
+            .collect();
+        let routes = result.get_mut("routes").and_then(Value::as_array_mut);
+        for route in routes.into_iter().flatten() {
+            let Some(dst) = text(route, "dst").filter(|_| text(route, "gw").is_none()) else {
+                continue;
+            };
+            let of_same_family = |gateway: &&String| gateway.contains(':') == dst.contains(':');
+            if let Some(gateway) = gateways.iter().find(of_same_family)
+                && let Value::Object(route) = route
+            {
+                route.insert("gw".to_owned(), gateway.as_str().into());
+            }
+        }
+        Ok(result)
     }
 
     /// The attachments that `GC` leaves alone.
@@ -555,6 +578,39 @@ mod tests {
             PathBuf::from("/run/flannel/subnet.env")
         );
         assert_eq!(defaults.data_dir, PathBuf::from("/var/lib/cni/flannel"));
+    }
+
+    #[test]
+    fn routes_to_check_are_those_of_the_kernel() {
+        let conf = |result: Value| {
+            NetConf::parse(
+                json!({"name": "n", "prevResult": result})
+                    .to_string()
+                    .as_bytes(),
+            )
+            .unwrap()
+        };
+        let result = |gateways: [&str; 3]| {
+            let route = |(dst, gw): (&str, &str)| match gw {
+                "" => json!({ "dst": dst }),
+                gw => json!({"dst": dst, "gw": gw}),
+            };
+            let dsts = ["10.0.0.0/8", "fd00::/48", "0.0.0.0/0"];
+            let routes: Vec<Value> = dsts.into_iter().zip(gateways).map(route).collect();
+            json!({
+                "ips": [{"address": "fd00::2/64", "gateway": "fd00::1"}, {"gateway": "10.0.0.1"}, {"gateway": "10.0.9.1"}, {}],
+                "routes": routes,
+            })
+        };
+        let completed = conf(result(["", "", "10.0.0.7"])).prev_result().unwrap();
+        assert_eq!(completed, result(["10.0.0.1", "fd00::1", "10.0.0.7"]));
+        for other in [
+            json!({}),
+            json!([]),
+            json!({"routes": [1, {"dst": "10.0.0.0/8"}], "ips": 5}),
+        ] {
+            assert_eq!(conf(other.clone()).prev_result().unwrap(), other);
+        }
     }
 
     fn json() -> impl Strategy<Value = Value> {

@@ -242,7 +242,7 @@ impl Call {
     }
 
     fn check(&self) -> Result<Vec<u8>, Failure> {
-        let prev_result = self.conf.prev_result()?.clone();
+        let prev_result = self.conf.prev_result()?;
         let version = self.conf.cni_version.as_str();
         let keys = [("prevResult", prev_result), ("cniVersion", version.into())];
         let unknown = || {
