@@ -71,13 +71,9 @@ impl CniError {
     /// The text for stdout. `version` is that of the configuration.
     #[must_use]
     pub fn json(&self, version: &str) -> String {
-        let mut object =
-            json!({"cniVersion": version, "code": self.code.number(), "msg": self.msg});
-        if let Some(object) = object.as_object_mut()
-            && !self.details.is_empty()
-        {
-            object.insert("details".to_owned(), self.details.clone().into());
-        }
-        object.to_string()
+        json!({
+            "cniVersion": version, "code": self.code.number(), "msg": self.msg, "details": self.details,
+        })
+        .to_string()
     }
 }

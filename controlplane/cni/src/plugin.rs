@@ -128,7 +128,11 @@ fn call(
     }
     let mut bytes = Vec::new();
     stdin.read_to_end(&mut bytes).map_err(|error| {
-        CniError::new(Code::Io, format!("error reading from stdin: {error}"), "")
+        CniError::new(
+            Code::Io,
+            format!("error reading from stdin: {error}"),
+            "the runtime passes the configuration there",
+        )
     })?;
     let conf = NetConf::parse(&bytes)?;
     if !conf.cni_version.is_empty() {

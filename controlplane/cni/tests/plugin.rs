@@ -84,11 +84,10 @@ impl Node {
             unreachable!("a change is an object");
         };
         conf.as_object_mut().unwrap().extend(changes);
-        self.runtime.call(
-            FLANNEL.as_ref(),
-            &[("CNI_COMMAND", command)],
-            &self.conf(conf),
-        )
+        // These commands are of no attachment: what the environment says of one must not reach a DEL.
+        let variables = [("CNI_COMMAND", command), ("CNI_NETNS", "/elsewhere")];
+        self.runtime
+            .call(FLANNEL.as_ref(), &variables, &self.conf(conf))
     }
 
     /// The calls that delegates have got since this was asked last.
@@ -375,7 +374,7 @@ fn gc_deletes_what_is_not_in_use() {
         {"containerID": "used", "ifname": "eth0"}, {"containerID": "used", "ifname": "net1"}, {"containerID": "half", "ifname": "net1"},
     ]});
     let handed_on = format!(
-        "bridge GC   [] {}",
+        "bridge GC   [/elsewhere] {}",
         RECORDED.replace("0.3.1", "1.1.0").replacen(
             '{',
             r#"{"cni.dev/valid-attachments":[{"containerID":"used","ifname":"eth0"},{"containerID":"used","ifname":"net1"},{"containerID":"half","ifname":"net1"}],"#,
@@ -433,7 +432,7 @@ fn status_says_whether_pods_can_be_added() {
     assert_eq!(
         node.calls(),
         [format!(
-            "bridge STATUS   [] {}",
+            "bridge STATUS   [/elsewhere] {}",
             RECORDED.replace("0.3.1", "1.1.0")
         )]
     );
