@@ -277,10 +277,9 @@ fn life_of_pods(node: &Node, gateways: &[&str], expected: [&[&str]; 2]) {
         }
     }
     let port_rules = || {
-        node.namespace
-            .run("iptables -t nat -S")
-            .1
-            .contains("10.244.1.2:80")
+        let (success, rules) = node.namespace.run("iptables -w -t nat -S");
+        assert!(success, "{rules}");
+        rules.contains("10.244.1.2:80")
     };
     assert!(port_rules());
 
