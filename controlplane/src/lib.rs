@@ -32,6 +32,7 @@ pub mod report;
 pub mod rules;
 pub mod standby;
 pub mod state;
+pub mod subnet_file;
 pub mod sys;
 pub mod table;
 pub mod uplink;
