@@ -7,14 +7,15 @@ FUZZ_SECONDS ?= 60
 
 # What building (first line) and running the lab (second line) takes on Debian 12 and 13.
 PACKAGES := gcc libc6-dev clang make pkg-config libelf-dev zlib1g-dev \
-            iproute2 ethtool nftables iptables iputils-ping procps util-linux
+            iproute2 ethtool nftables iptables iputils-ping procps util-linux containernetworking-plugins
 
-.PHONY: help demo test test-vm bench lint deep setup root build fuzz loom miri mutations
+.PHONY: help demo test test-vm test-vm-short bench lint deep setup root build fuzz loom miri mutations
 
 help:
 	@echo 'make demo    a cluster of four nodes in network namespaces, traffic, and a kill of each process'
 	@echo 'make test    everything that CI runs on every change: format, lints, documents, all tests'
 	@echo 'make test-vm the data plane on other kernels and real drivers, in guests under QEMU (perf/vm/README.md)'
+	@echo 'make test-vm-short  the part of it that CI runs on every change'
 	@echo 'make bench   what a packet costs, and what a table of 15,000 leases costs'
 	@echo 'make lint    format, lints and documents alone'
 	@echo 'make deep    Miri, loom, weakened orderings that must be caught, fuzzing (nightly toolchain)'
@@ -50,9 +51,12 @@ lint: setup
 test: root lint build
 	$(CARGO) test --workspace
 
-# What else it needs, QEMU and kernels, perf/vm/setup gets.
+# What else they need, QEMU and kernels, perf/vm/setup gets.
 test-vm: root setup
 	perf/vm/test
+
+test-vm-short: root setup
+	perf/vm/test --short
 
 bench: setup
 	$(CARGO) bench --workspace --benches

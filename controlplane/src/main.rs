@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use clap::{ArgAction, Parser};
+use clap::error::ErrorKind;
+use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser};
 use ipnet::IpNet;
 use ripstop_controlplane::family::PerFamily;
 use ripstop_controlplane::interface::Selection;
@@ -17,7 +18,7 @@ use ripstop_controlplane::netconf::{Backend, NetConf};
 use ripstop_controlplane::reconcile::{Reconciler, Settings};
 use ripstop_controlplane::sys::{Signals, Wake, hostname};
 use ripstop_controlplane::traffic::{self, Mode};
-use ripstop_controlplane::{DEFAULT_RUN_DIR, detour, explained};
+use ripstop_controlplane::{DEFAULT_RUN_DIR, detour, explained, goflags};
 use tracing_subscriber::EnvFilter;
 
 /// Control plane of a Ripstop node: keeps the kernel's path and the workers' forwarding table as the leases say.
@@ -108,14 +109,32 @@ impl Exempt {
     }
 }
 
+/// The flags as flannel takes them, and what is wrong with variables that are not used.
+fn flags() -> Result<(Flags, Vec<String>), clap::Error> {
+    let mut command = Flags::command();
+    let mut args = goflags::rewrite(&command, std::env::args_os())
+        .map_err(|error| command.error(ErrorKind::InvalidValue, error))?;
+    let variable = |key: &str| std::env::var(key).ok();
+    let problems = goflags::add_environment(&command, &mut args, variable);
+    let matches = command.try_get_matches_from_mut(args)?;
+    Ok((Flags::from_arg_matches(&matches)?, problems))
+}
+
 fn main() -> ExitCode {
-    let flags = Flags::parse();
+    let (flags, unused) = match flags() {
+        Ok(flags) => flags,
+        // Help goes to stdout and ends with 0, errors to stderr and with 2.
+        Err(error) => error.exit(),
+    };
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
         .with_env_filter(flags.log_level.clone())
         .init();
+    for problem in unused {
+        tracing::warn!("{problem}");
+    }
     match run(flags) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -160,7 +160,7 @@ pub fn has_transport_checksum(protocol: u8) -> bool {
     matches!(protocol, PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_ICMPV6)
 }
 
-/// Ones' complement sum of an IPv6 packet, without a look at the payload where that is possible.
+/// Ones' complement sum of an IPv6 packet, not folded, without a look at the payload where that is possible.
 ///
 /// A transport checksum makes the sum of transport segment and pseudo header all ones, which counts as zero; so the
 /// segment's sum is known from the pseudo header. Addresses and length stand in both headers and cancel out (the
@@ -168,7 +168,7 @@ pub fn has_transport_checksum(protocol: u8) -> bool {
 /// is: other protocols, fragments, extension headers, UDP without checksum. If the checksum is there and wrong, so is
 /// the sum.
 #[inline(always)]
-pub fn ipv6_sum_by_transport(packet: &[u8], ip: &[u8; IPV6_LEN]) -> Option<u16> {
+pub fn ipv6_sum_by_transport(packet: &[u8], ip: &[u8; IPV6_LEN]) -> Option<u32> {
     let protocol = ip[6];
     let no_checksum = protocol == PROTOCOL_UDP
         && matches!(
@@ -179,5 +179,5 @@ pub fn ipv6_sum_by_transport(packet: &[u8], ip: &[u8; IPV6_LEN]) -> Option<u16> 
         return None;
     }
     let header = u32::from(be16(ip, 0)) + u32::from(be16(ip, 2)) + u32::from(be16(ip, 6));
-    Some(fold(header + u32::from(!u16::from(protocol))))
+    Some(header + u32::from(!u16::from(protocol)))
 }

@@ -146,6 +146,12 @@ pub fn second_uplink_mac(node: u8) -> Mac {
     Mac([0x02, 0x52, 0x53, 0x04, 0, node])
 }
 
+/// MAC address of the switch's end of a node's bond.
+#[must_use]
+pub fn switch_mac(node: u8) -> Mac {
+    Mac([0x02, 0x52, 0x53, 0x08, 0, node])
+}
+
 /// MAC address of a node's tunnel end point.
 #[must_use]
 pub fn vtep_mac(node: u8) -> Mac {

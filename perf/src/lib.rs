@@ -32,8 +32,8 @@ pub use address::{Family, Mac};
 pub use counters::{KernelCounters, LinkCounters};
 pub use frame::{Ethernet, Inner, Ipv4, Udp, UdpChecksum, Vxlan, VxlanFrame, transport_checksum};
 pub use lab::{
-    Attacker, Backend, DETOUR_TABLE, Fabric, Families, Host, Lab, LabBuilder, Lease, Leases, Node,
-    NodeKind, Pod, Workers, wait_until,
+    Attacker, Backend, BondMode, DETOUR_TABLE, Fabric, Families, Host, Lab, LabBuilder, Lease,
+    Leases, Node, NodeKind, Pod, Underlay, Workers, wait_until,
 };
 pub use netns::Netns;
 pub use packet::{Capture, Captured, CapturedFrame, Direction, Injector};

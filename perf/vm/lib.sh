@@ -6,6 +6,12 @@ vm=${CARGO_TARGET_DIR:-$repo/target}/vm
 
 say() { printf 'vm: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 2; }
+# What the world outside does not give, as opposed to what is wrong here.
+unavailable() { say "$*"; exit 3; }
+
+# What a kernel that has crashed says on its console, and the first line of that in a file.
+OOPS='BUG: |Oops: |kernel BUG at|general protection fault|Kernel panic'
+oops_in() { grep -m1 -E "$OOPS" "$1" | tr -d '\r' | sed 's/^\[[^]]*\] *//'; }
 
 # An empty root file system, in which /bin, /lib and so on lead to /usr as in Debian.
 skeleton() {

@@ -313,6 +313,7 @@ impl Socket {
                 multi_buffer: settled.multi_buffer,
                 discarding: false,
                 refused: 0,
+                waking: Waking::new(options),
                 socket: Arc::clone(&socket),
                 object: Arc::clone(&object),
             },
@@ -325,6 +326,7 @@ impl Socket {
                 mode,
                 refused: 0,
                 unsendable: 0,
+                waking: Waking::new(options),
                 socket: Arc::clone(&socket),
                 object: Arc::clone(&object),
             },
@@ -540,6 +542,60 @@ fn ring_area<T>(memory: &Mapping, at: &sys::xdp_ring_offset, entries: u32) -> Op
     })
 }
 
+/// Calls in a row that have moved nothing, after which a socket that polls asks for an interrupt.
+const FRUITLESS_CALLS: u32 = 16;
+
+/// How a half of a socket makes the kernel look at its ring.
+///
+/// A zero-copy socket that prefers polling has its system calls poll one routine of the driver and wake nobody
+/// (`xsk_no_wakeup`, net/xdp/xsk.c). That moves nothing where another routine sends (virtio_net; igb with up to four
+/// queues), nor when the driver has made its routines anew (igb, whenever its number of queues changes): the socket
+/// remembers the first for ever (`__sk_mark_napi_id_once`, include/net/busy_poll.h). So after some fruitless calls one
+/// is made without the preference.
+#[derive(Debug)]
+struct Waking {
+    prefers_polling: bool,
+    fruitless: u32,
+}
+
+impl Waking {
+    fn new(options: &SocketOptions) -> Self {
+        Self {
+            prefers_polling: options.busy_poll.is_some(),
+            fruitless: 0,
+        }
+    }
+
+    /// Makes the system call, in the way that is due.
+    fn call(
+        &self,
+        socket: &OwnedFd,
+        wakeup: fn(BorrowedFd<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let fd = socket.as_fd();
+        if self.fruitless < FRUITLESS_CALLS {
+            return wakeup(fd);
+        }
+        let prefer = |polling: c_int| {
+            sys::set_option(fd, sys::SOL_SOCKET, sys::SO_PREFER_BUSY_POLL, polling)
+        };
+        prefer(0)?;
+        let outcome = wakeup(fd);
+        // Refused to a process that has given its rights away since it opened the socket: then interrupts it is.
+        let _ = prefer(1);
+        outcome
+    }
+
+    /// Takes note of whether the last call has moved anything.
+    fn note(&mut self, moved: bool) {
+        self.fruitless = match self.fruitless {
+            _ if moved || !self.prefers_polling => 0,
+            FRUITLESS_CALLS.. => 0,
+            calls => calls + 1,
+        };
+    }
+}
+
 /// The receiving half of a socket.
 #[derive(Debug)]
 pub struct Receiver {
@@ -552,6 +608,7 @@ pub struct Receiver {
     discarding: bool,
     /// Descriptors refused.
     refused: u64,
+    waking: Waking,
     socket: Arc<OwnedFd>,
     object: Arc<str>,
 }
@@ -670,7 +727,9 @@ impl Receiver {
     ///
     /// [`Error::System`] when the interface is down or gone.
     pub fn wake(&mut self) -> Result<(), Error> {
-        match sys::receive_wakeup(self.socket.as_fd()) {
+        let outcome = self.waking.call(&self.socket, sys::receive_wakeup);
+        self.waking.note(!self.fill.needs_wakeup());
+        match outcome {
             Err(e) if !is_more_to_do(&e) => Err(Error::system("wake", &*self.object, e)),
             _ => Ok(()),
         }
@@ -713,6 +772,7 @@ pub struct Transmitter {
     refused: u64,
     /// Frames not sent because no kernel would send them.
     unsendable: u64,
+    waking: Waking,
     socket: Arc<OwnedFd>,
     object: Arc<str>,
 }
@@ -817,7 +877,7 @@ impl Transmitter {
             if pending == 0 {
                 break;
             }
-            match sys::send_wakeup(self.socket.as_fd()) {
+            match self.waking.call(&self.socket, sys::send_wakeup) {
                 Err(e) if !is_more_to_do(&e) => {
                     return Err(Error::system("send on", &*self.object, e));
                 }
@@ -825,6 +885,7 @@ impl Transmitter {
             }
             let before = pending;
             pending = self.tx.pending();
+            self.waking.note(pending < before);
             if self.mode == ModeInUse::ZeroCopy || pending == before {
                 break;
             }

@@ -21,7 +21,7 @@ use crate::table::Table;
 use crate::verdict::{DropReason, FromNic, Front};
 use crate::wire::{
     self, ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_QINQ, ETHERTYPE_VLAN, IPV4_LEN,
-    IPV6_LEN, PROTOCOL_TCP, PROTOCOL_UDP, UDP_LEN, VXLAN_LEN,
+    IPV6_LEN, PROTOCOL_UDP, UDP_LEN, VXLAN_LEN,
 };
 
 use super::{field, field_of, length, outer4, store, write};
@@ -173,7 +173,7 @@ fn udp6_checksum(packet: &[u8], table: &Table<'_>) -> Result<(), DropReason> {
     }
 }
 
-/// Whether a UDP checksum over IPv6 is right if the inner TCP or UDP checksum is. `known` is what [`known_sum6`] gives.
+/// Whether a UDP checksum over IPv6 is right if the inner transport checksum is. `known` is what [`known_sum6`] gives.
 #[inline(always)]
 fn adds_up_by_transport(packet: &[u8], known: u64) -> bool {
     const INNER: usize = IPV6_LEN + MIDDLE_LEN;
@@ -181,8 +181,10 @@ fn adds_up_by_transport(packet: &[u8], known: u64) -> bool {
         return false;
     };
     let protocol = head[INNER + 6];
-    let has_checksum = protocol == PROTOCOL_TCP
-        || protocol == PROTOCOL_UDP && wire::ne16(head, INNER + IPV6_LEN + 6) != 0;
+    let has_checksum = match protocol {
+        PROTOCOL_UDP => wire::ne16(head, INNER + IPV6_LEN + 6) != 0,
+        _ => wire::has_transport_checksum(protocol),
+    };
     let given = wire::ne16(head, IPV6_LEN + 6) != 0;
     // Bytes behind the inner packet are in the outer checksum and not in the inner one.
     let whole = usize::from(wire::be16(head, INNER + 4)) + MIDDLE_LEN + IPV6_LEN
@@ -317,13 +319,10 @@ pub(crate) fn encapsulate6(
     let port = source_port(hash);
     let inner = match wire::ipv6_sum_by_transport(packet, ip) {
         Some(sum) => sum,
-        None => wire::sum(packet),
+        None => u32::from(wire::sum(packet)),
     };
     // The length counts twice: in the pseudo header and in the UDP header.
-    let sum = u32::from(field_of(words[9], 0))
-        + 2 * u32::from(udp_len)
-        + u32::from(port)
-        + u32::from(inner);
+    let sum = u32::from(field_of(words[9], 0)) + 2 * u32::from(udp_len) + u32::from(port) + inner;
     // What adds up to zero is sent as all ones: zero would mean "none" (RFC 8200 section 8.1).
     let checksum = match !wire::fold(sum) {
         0 => u16::MAX,

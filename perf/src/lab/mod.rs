@@ -39,7 +39,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use node::{Lease, Leases, Node, NodeKind, Pod};
-pub use plan::{Backend, Families};
+pub use plan::{Backend, BondMode, Families, Underlay};
 pub use ripstop::{DETOUR_TABLE, Workers};
 
 use plan::Plan;
@@ -125,13 +125,19 @@ impl Fabric {
         Self::uplink_port(node, 0)
     }
 
-    /// The same for one of a node's uplinks, which count from 0.
+    /// The same for one of a node's uplinks, or of the NICs of its bond; they count from 0.
     #[must_use]
     pub fn uplink_port(node: u8, uplink: u8) -> String {
         match uplink {
             0 => format!("n{node}"),
             _ => format!("n{node}u{uplink}"),
         }
+    }
+
+    /// The switch's end of a node's bond, where it has one: both ports joined.
+    #[must_use]
+    pub fn bond(node: u8) -> String {
+        format!("n{node}b")
     }
 
     /// The bridge of a segment, which is also its router's interface.
@@ -307,7 +313,14 @@ impl LabBuilder {
         self
     }
 
-    /// Receive and transmit queues of each node's `eth0`; 1 unless said otherwise.
+    /// What the interface is made of that a node has its addresses on; a NIC unless said otherwise. The fabric
+    /// itself and its routers are on a tagged underlay as well, the attacker is not.
+    pub fn underlay(mut self, underlay: Underlay) -> Self {
+        self.plan.underlay = underlay;
+        self
+    }
+
+    /// Receive and transmit queues of each NIC of a node; 1 unless said otherwise.
     pub fn queues(mut self, count: u16) -> Self {
         self.queues = count;
         self
@@ -361,6 +374,11 @@ impl LabBuilder {
         ensure!(
             ways.iter().all(|count| (1..=2).contains(count)),
             "1 or 2 routers and uplinks"
+        );
+        ensure!(
+            self.plan.underlay == Underlay::Nic
+                || (ways == [1, 1] && self.plan.segments.is_empty()),
+            "a tagged or bonded underlay has one segment, with one router"
         );
         ensure!(
             self.plan
@@ -626,6 +644,12 @@ impl Lab {
         self.plan().backend
     }
 
+    /// What the nodes' underlay interfaces are made of.
+    #[must_use]
+    pub fn underlay(&self) -> Underlay {
+        self.plan().underlay
+    }
+
     /// The families of the pods.
     #[must_use]
     pub fn families(&self) -> Vec<Family> {
@@ -875,9 +899,10 @@ impl Lab {
             };
             let mac = address::underlay_mac(index);
             line(format!(
-                "{branch} {}  {}  eth0 {} {mac}",
+                "{branch} {}  {}  {} {} {mac}",
                 node.name(),
                 node.kind().explain(),
+                plan.interfaces().join(" "),
                 both(node.address(), node.address6()),
             ));
             line(format!(

@@ -239,12 +239,14 @@ impl Node {
         self.plan.segment(self.index)
     }
 
-    /// Segment and MAC address of one of its uplinks, which count from 0.
+    /// Segment and MAC address of one of its uplinks, which count from 0. A bond is one uplink, and its second
+    /// NIC is asked for as if it were another.
     #[must_use]
     pub fn uplink(&self, number: u8) -> (u8, Mac) {
-        match number {
-            0 => (self.segment(), address::underlay_mac(self.index)),
-            _ => (
+        match (number, self.plan.underlay.bond()) {
+            (0, _) => (self.segment(), address::underlay_mac(self.index)),
+            (_, Some(_)) => (self.segment(), address::second_uplink_mac(self.index)),
+            (_, None) => (
                 address::SECOND_UPLINK + self.segment(),
                 address::second_uplink_mac(self.index),
             ),
@@ -461,7 +463,8 @@ impl Node {
         let mut command = self.wrapped(wrapper, CONTROLPLANE)?;
         command.arg("--net-config-path").arg(self.net_conf_file());
         command.arg("--lease-file").arg(self.lease_file());
-        command.args(["--node-name", &self.name, "--iface", "eth0"]);
+        let interfaces = self.plan.interfaces();
+        command.args(["--node-name", &self.name, "--iface", &interfaces[0]]);
         command.arg("--run-dir").arg(self.run_dir());
         Ok(command)
     }

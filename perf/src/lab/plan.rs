@@ -94,6 +94,81 @@ impl Families {
     }
 }
 
+/// What a node's underlay interface is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Underlay {
+    /// The NIC itself, `eth0`.
+    Nic,
+    /// Frames of `eth0` with this 802.1Q id, `eth0.<id>`.
+    Vlan(u16),
+    /// Two NICs, `eth0` and `eth1`, joined as `bond0`.
+    Bond(BondMode),
+    /// The frames of these two with this 802.1Q id, `bond0.<id>`.
+    VlanOnBond(BondMode, u16),
+}
+
+impl Underlay {
+    /// The 802.1Q id that all frames between nodes carry.
+    #[must_use]
+    pub fn vlan(self) -> Option<u16> {
+        match self {
+            Self::Vlan(id) | Self::VlanOnBond(_, id) => Some(id),
+            Self::Nic | Self::Bond(_) => None,
+        }
+    }
+
+    /// How the two NICs are joined, if there are two.
+    #[must_use]
+    pub fn bond(self) -> Option<BondMode> {
+        match self {
+            Self::Bond(mode) | Self::VlanOnBond(mode, _) => Some(mode),
+            Self::Nic | Self::Vlan(_) => None,
+        }
+    }
+
+    /// The interface that has the node's addresses.
+    #[must_use]
+    pub fn interface(self) -> String {
+        match self {
+            Self::Nic => "eth0".to_owned(),
+            Self::Vlan(id) => format!("eth0.{id}"),
+            Self::Bond(_) => "bond0".to_owned(),
+            Self::VlanOnBond(_, id) => format!("bond0.{id}"),
+        }
+    }
+}
+
+/// Modes of a bond (Documentation/networking/bonding.rst).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BondMode {
+    /// One NIC carries everything, the other stands by. The switch knows of nothing.
+    ActiveBackup,
+    /// Both carry, each flow keeps to one; the switch has joined its two ports, too.
+    BalanceXor,
+    /// The same, agreed upon by LACP.
+    Lacp,
+}
+
+impl BondMode {
+    /// Whether the switch has joined its two ports as well.
+    pub(super) fn has_two_ends(self) -> bool {
+        match self {
+            Self::ActiveBackup => false,
+            Self::BalanceXor | Self::Lacp => true,
+        }
+    }
+
+    /// What `ip link add type bond` is told: the kernel looks at the carrier every 50 ms, and a flow is told
+    /// from others by addresses and ports, of the inner packet where there is one.
+    pub(super) fn options(self) -> &'static str {
+        match self {
+            Self::ActiveBackup => "mode active-backup miimon 50",
+            Self::BalanceXor => "mode balance-xor xmit_hash_policy encap3+4 miimon 50",
+            Self::Lacp => "mode 802.3ad lacp_rate fast xmit_hash_policy encap3+4 miimon 50",
+        }
+    }
+}
+
 /// The plan of a lab's network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Plan {
@@ -108,6 +183,8 @@ pub(super) struct Plan {
     pub(super) routers: u8,
     /// Uplinks of each node, 1 or 2. Its default route goes over all of them.
     pub(super) uplinks: u8,
+    /// What an uplink is made of; anything but a NIC only where there is one.
+    pub(super) underlay: Underlay,
 }
 
 impl Plan {
@@ -120,6 +197,7 @@ impl Plan {
             segments: Vec::new(),
             routers: 1,
             uplinks: 1,
+            underlay: Underlay::Nic,
         }
     }
 
@@ -170,9 +248,17 @@ impl Plan {
         self.backend == Backend::HostGw || (self.direct && self.segment(one) == self.segment(other))
     }
 
-    /// The network interfaces of a node's uplinks.
-    pub(super) fn nics(&self) -> &'static [&'static str] {
+    /// The network interfaces of a node's uplinks: what has its addresses.
+    pub(super) fn interfaces(&self) -> Vec<String> {
         if self.uplinks > 1 {
+            return self.nics().iter().map(ToString::to_string).collect();
+        }
+        vec![self.underlay.interface()]
+    }
+
+    /// The NICs below them.
+    pub(super) fn nics(&self) -> &'static [&'static str] {
+        if self.uplinks > 1 || self.underlay.bond().is_some() {
             &["eth0", "eth1"]
         } else {
             &["eth0"]

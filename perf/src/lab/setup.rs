@@ -14,7 +14,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::plan::{Backend, Plan};
+use super::plan::{Backend, BondMode, Plan};
 use super::userland::{TunnelKind, UserlandTunnel};
 use super::{Fabric, Host, Lab, Node, NodeKind, Pod, wait_until};
 use crate::address::{self, Family, Mac};
@@ -102,11 +102,12 @@ impl Lab {
         let mut lines = "link set lo up\n".to_owned();
         for segment in &segments {
             let bridge = Fabric::bridge(*segment);
+            let (interface, tagged) = tagged(&bridge, plan);
             lines.push_str(&format!(
                 "link add name {bridge} address {} mtu {mtu} type bridge mcast_snooping 0\n\
-                 {}link set {bridge} up\n",
+                 link set {bridge} up\n{tagged}{}",
                 address::router_mac(*segment, 0),
-                self.router_addresses(&bridge, *segment, 0),
+                self.router_addresses(&interface, *segment, 0),
             ));
             for number in 1..plan.routers {
                 let router = format!("gw{segment}");
@@ -119,30 +120,50 @@ impl Lab {
             }
         }
         let mut ports = Vec::new();
-        let mut port = |name: String, segment: u8, nic: &str, mac: Mac, peer: &Netns| {
+        let mut port = |name: String, nic: &str, mac: Mac, peer: &Netns| {
             let queues = format!("numrxqueues {queues} numtxqueues {queues}");
-            lines.push_str(&format!(
+            ports.push(name.clone());
+            format!(
                 "link add name {name} mtu {mtu} {queues} type veth \
-                 peer name {nic} address {mac} mtu {mtu} {queues} netns {}\n\
-                 link set {name} master {} up\n",
+                 peer name {nic} address {mac} mtu {mtu} {queues} netns {}\n",
                 peer.name(),
-                Fabric::bridge(segment),
-            ));
-            ports.push(name);
+            )
+        };
+        let plug = |port: &str, segment| {
+            format!("link set {port} master {} up\n", Fabric::bridge(segment))
         };
         let attacker = self.attacker.netns();
-        port(
+        lines += &port(
             "attacker".to_owned(),
-            0,
             "eth0",
             address::ATTACKER_MAC,
             attacker,
         );
+        lines += &plug("attacker", 0);
         for node in &self.nodes {
+            let index = node.index();
             for (uplink, nic) in (0..).zip(plan.nics()) {
-                let name = Fabric::uplink_port(node.index(), uplink);
-                let (segment, mac) = node.uplink(uplink);
-                port(name, segment, nic, mac, node.netns());
+                let (_, mac) = node.uplink(uplink);
+                let name = Fabric::uplink_port(index, uplink);
+                lines += &port(name, nic, mac, node.netns());
+            }
+            let ports = (0..).zip(plan.nics()).map(|(uplink, _nic)| {
+                let (segment, _) = node.uplink(uplink);
+                (Fabric::uplink_port(index, uplink), segment)
+            });
+            match plan.underlay.bond().filter(|mode| mode.has_two_ends()) {
+                None => lines.extend(ports.map(|(port, segment)| plug(&port, segment))),
+                Some(mode) => {
+                    let ports: Vec<String> = ports.map(|(port, _segment)| port).collect();
+                    lines += &bond(
+                        &Fabric::bond(index),
+                        mode,
+                        address::switch_mac(index),
+                        mtu,
+                        &ports,
+                    );
+                    lines += &plug(&Fabric::bond(index), node.segment());
+                }
             }
         }
         if plan.uplinks > 1 {
@@ -192,14 +213,22 @@ impl Lab {
         make_a_wire(namespace, plan.nics())?;
         set_forwarding(namespace, plan)?;
         let mut lines = "link set lo up\n".to_owned();
-        for (uplink, nic) in (0..).zip(plan.nics()) {
+        if let Some(mode) = plan.underlay.bond() {
+            let (_, mac) = node.uplink(0);
+            lines += &bond("bond0", mode, mac, plan.mtu, plan.nics());
+            lines += &tagged("bond0", plan).1;
+        } else {
+            for nic in plan.nics() {
+                lines += &format!("link set {nic} up\n{}", tagged(nic, plan).1);
+            }
+        }
+        for (uplink, nic) in (0..).zip(plan.interfaces()) {
             // What comes back may come back over either uplink.
             if plan.uplinks > 1 {
                 namespace.sysctl(&format!("net/ipv4/conf/{nic}/rp_filter"), "0")?;
                 namespace.sysctl("net/ipv4/conf/all/rp_filter", "0")?;
             }
             let (segment, _mac) = node.uplink(uplink);
-            lines.push_str(&format!("link set {nic} up\n"));
             for family in plan.families.iter() {
                 lines.push_str(&match family {
                     Family::Ipv4 => format!(
@@ -324,12 +353,13 @@ impl Lab {
         };
         let mut links = format!(
             "link add name {device} address {mac} mtu {} type vxlan \
-             id {} local {} dev eth0 dstport {} nolearning\n\
+             id {} local {} dev {} dstport {} nolearning\n\
              addr add {host_route} dev {device}\n\
              link set {device} up\n",
             self.pod_mtu_of(family),
             address::VNI,
             node.address_of(family),
+            self.underlay().interface(),
             address::VXLAN_PORT,
         );
         let mut fdb = String::new();
@@ -431,7 +461,10 @@ impl Lab {
         };
         let public = peer.address_of(family);
         match (self.is_direct(node.index(), peer.index()), self.backend()) {
-            (true, Backend::Ipip) => format!("route add {subnet} via {public} dev eth0 onlink\n"),
+            (true, Backend::Ipip) => format!(
+                "route add {subnet} via {public} dev {} onlink\n",
+                self.underlay().interface()
+            ),
             (true, _) => format!("route add {subnet} via {public}\n"),
             (false, Backend::Ipip) => {
                 format!("route add {subnet} via {public} dev flannel.ipip onlink\n")
@@ -460,6 +493,32 @@ impl Lab {
     }
 }
 
+/// The interface on top of `lower` that has the underlay's tag, and the commands that make it: none without a tag.
+fn tagged(lower: &str, plan: &Plan) -> (String, String) {
+    match plan.underlay.vlan() {
+        None => (lower.to_owned(), String::new()),
+        Some(id) => (
+            format!("{lower}.{id}"),
+            format!(
+                "link add link {lower} name {lower}.{id} type vlan id {id}\n\
+                 link set {lower}.{id} up\n"
+            ),
+        ),
+    }
+}
+
+/// The commands that join interfaces, which are down, and switch all of them on.
+fn bond<S: AsRef<str>>(name: &str, mode: BondMode, mac: Mac, mtu: u16, ports: &[S]) -> String {
+    let mut lines = format!(
+        "link add name {name} address {mac} mtu {mtu} type bond {}\n",
+        mode.options()
+    );
+    for port in ports {
+        lines += &format!("link set {} master {name}\n", port.as_ref());
+    }
+    lines + &format!("link set {name} up\n")
+}
+
 /// Makes a namespace a router for the plan's families.
 fn set_forwarding(namespace: &Netns, plan: &Plan) -> Result<()> {
     for family in plan.families.iter() {
@@ -477,7 +536,7 @@ fn set_forwarding(namespace: &Netns, plan: &Plan) -> Result<()> {
 fn default_route(node: &Node, family: Family) -> String {
     let plan = node.plan();
     let mut hops = Vec::new();
-    for (uplink, nic) in (0..).zip(plan.nics()) {
+    for (uplink, nic) in (0..).zip(plan.interfaces()) {
         let (segment, _mac) = node.uplink(uplink);
         for number in 0..plan.routers {
             let router: IpAddr = match family {

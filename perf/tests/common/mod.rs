@@ -44,6 +44,7 @@ pub(crate) fn quiet(lab: &Lab, node: &Node) -> Result<Workers> {
 /// to the node for that.
 pub(crate) fn settled(lab: &Lab, node: &Node) -> Result<(Workers, u64)> {
     let wire = Injector::open(lab.fabric(), &Fabric::port(node.index()))?;
+    let probe = probe(lab, node);
     let start = monotonic_ns();
     let published = |what: &str, condition: &dyn Fn(&Workers) -> bool| {
         let what = format!("{} has published {what}", node.name());
@@ -61,7 +62,7 @@ pub(crate) fn settled(lab: &Lab, node: &Node) -> Result<(Workers, u64)> {
     // both are there from the first.
     for _time in 0..2 {
         let before = xdp(&node.workers()?, XdpCounter::PassedOther);
-        (0..PROBES).try_for_each(|_probe| wire.send(&probe(node)))?;
+        (0..PROBES).try_for_each(|_probe| wire.send(&probe))?;
         published("the counters of its XDP program", &|workers| {
             xdp(workers, XdpCounter::PassedOther) >= before + PROBES
         })?;
@@ -69,13 +70,17 @@ pub(crate) fn settled(lab: &Lab, node: &Node) -> Result<(Workers, u64)> {
     Ok((node.workers()?, 2 * PROBES))
 }
 
-/// A frame of no known protocol.
-fn probe(node: &Node) -> Vec<u8> {
+/// A frame of no known protocol, with the underlay's tag.
+fn probe(lab: &Lab, node: &Node) -> Vec<u8> {
     let addresses = [
         address::underlay_mac(node.index()).0,
         address::ATTACKER_MAC.0,
     ];
-    [addresses.as_flattened(), &[0x88, 0xb5], &[0; 46]].concat()
+    let tag = match lab.underlay().vlan() {
+        Some(id) => [[0x81, 0x00], id.to_be_bytes()].concat(),
+        None => Vec::new(),
+    };
+    [addresses.as_flattened(), &tag, &[0x88, 0xb5], &[0; 46]].concat()
 }
 
 /// All that is counted of packets and frames, apart from neighbour discovery, which never ends.

@@ -76,17 +76,26 @@ pub(crate) fn plug_in_near(lab: &Lab, node: &Node, queues: u16) -> Result<()> {
         set_channels(node, queues)?;
     }
     let mac = address::underlay_mac(index);
-    for line in [
+    let interface = lab.underlay().interface();
+    let mut lines = vec![
         // As everywhere in the lab: the sender sums. The emulated igb does not sum what is in a tunnel.
         "ethtool -K eth0 tx off".to_owned(),
         format!("ip link set eth0 address {mac}"),
         format!("ip link set eth0 mtu {mtu} up"),
-        format!("ip addr add {}/24 dev eth0", address::underlay(index)),
-        // The device before it took its routes along.
-        format!("ip route replace default via {}", address::FABRIC),
-    ] {
-        command(node, &line)?;
+    ];
+    if let Some(id) = lab.underlay().vlan() {
+        lines.push(format!(
+            "ip link add link eth0 name {interface} type vlan id {id}"
+        ));
+        lines.push(format!("ip link set {interface} up"));
     }
+    lines.push(format!(
+        "ip addr add {}/24 dev {interface}",
+        address::underlay(index)
+    ));
+    // The device before it took its routes along.
+    lines.push(format!("ip route replace default via {}", address::FABRIC));
+    lines.iter().try_for_each(|line| command(node, line))?;
     reaches_the_switch(node)
 }
 

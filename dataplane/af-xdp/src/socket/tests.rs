@@ -1,11 +1,17 @@
 //! The halves against a kernel that the test plays, on rings in private memory: what a real kernel
 //! does not do must do no harm.
 
+use core::ffi::c_int;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::io;
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use super::{ModeInUse, PACKET_FRAMES_MAX, Receiver, Transmitter, ring_area};
+use super::{
+    BusyPoll, FRUITLESS_CALLS, ModeInUse, PACKET_FRAMES_MAX, Receiver, SocketOptions, Transmitter,
+    Waking, ring_area,
+};
 use crate::frame::Frame;
 use crate::mapping::Mapping;
 use crate::ring::{Area, Consumer, Producer};
@@ -65,6 +71,7 @@ fn fake(multi_buffer: bool) -> Fake {
         multi_buffer,
         discarding: false,
         refused: 0,
+        waking: Waking::new(&SocketOptions::default()),
         socket: Arc::clone(&socket),
         object: "fake0 queue 0".into(),
     };
@@ -79,6 +86,7 @@ fn fake(multi_buffer: bool) -> Fake {
         mode: ModeInUse::Copy,
         refused: 0,
         unsendable: 0,
+        waking: Waking::new(&SocketOptions::default()),
         socket,
         object: "fake0 queue 0".into(),
     };
@@ -249,4 +257,52 @@ fn a_socket_refuses_another_umem() {
     let mut one = fake(false);
     let mut other = fake(false);
     one.receiver.refill(&mut other.umem, 1);
+}
+
+fn prefers_polling(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let value: c_int = sys::option(fd, sys::SOL_SOCKET, sys::SO_PREFER_BUSY_POLL)?;
+    Ok(value != 0)
+}
+
+/// A driver that only an interrupt moves.
+fn wakeup_without_polling(fd: BorrowedFd<'_>) -> io::Result<()> {
+    match prefers_polling(fd)? {
+        false => Ok(()),
+        true => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
+/// As root: the preference takes CAP_NET_ADMIN. Any socket has it.
+#[test]
+fn a_socket_whose_polling_moves_nothing_asks_for_an_interrupt() {
+    let socket: OwnedFd = UdpSocket::bind("127.0.0.1:0").unwrap().into();
+    let fd = socket.as_fd();
+    sys::set_option(fd, sys::SOL_SOCKET, sys::SO_PREFER_BUSY_POLL, 1).unwrap();
+    let mut waking = Waking::new(&SocketOptions {
+        busy_poll: Some(BusyPoll {
+            timeout_us: 20,
+            budget: 64,
+        }),
+        ..SocketOptions::default()
+    });
+    for _time in 0..2 {
+        for _call in 0..FRUITLESS_CALLS {
+            assert!(waking.call(&socket, wakeup_without_polling).is_err());
+            waking.note(false);
+        }
+        waking.call(&socket, wakeup_without_polling).unwrap();
+        assert!(prefers_polling(fd).unwrap(), "polling goes on");
+        waking.note(true);
+    }
+}
+
+#[test]
+fn a_socket_that_does_not_poll_is_woken_as_it_is() {
+    let socket: OwnedFd = UdpSocket::bind("127.0.0.1:0").unwrap().into();
+    let mut waking = Waking::new(&SocketOptions::default());
+    for _call in 0..=2 * FRUITLESS_CALLS {
+        waking.call(&socket, wakeup_without_polling).unwrap();
+        waking.note(false);
+    }
+    assert!(!prefers_polling(socket.as_fd()).unwrap());
 }
