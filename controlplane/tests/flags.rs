@@ -1,4 +1,5 @@
 //! The command line of the program, as flannel's users write it. No root needed: it ends before it does anything.
+#![expect(clippy::unwrap_used, reason = "in a test a panic is the message")]
 
 use std::process::{Command, Output};
 
