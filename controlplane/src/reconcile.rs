@@ -17,6 +17,7 @@
 //! Every part fails on its own: it is reported once, tried again later, and the others go on.
 
 use core::net::IpAddr;
+use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::AsFd;
@@ -220,6 +221,8 @@ pub struct Settings {
     pub guard: bool,
     /// What the lease source calls itself.
     pub lease_source: String,
+    /// Set, for good, once pods' packets get to the peers in one way or another.
+    pub ready: Arc<AtomicBool>,
 }
 
 /// The state of the loop.
@@ -512,6 +515,11 @@ impl Reconciler {
         }
         self.observe_data_plane(now);
         step!(detour, self.keep_detours(&leases, &underlay, |_| true));
+        let done = |step: &Step| !step.due && step.failures == 0;
+        let standby = done(&self.steps.standby) && !self.standby_unfinished;
+        if done(&self.steps.publish) && (standby || self.detour_active) {
+            self.settings.ready.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Chooses the interface, and with it puts a new lease set into force: one whose own lease fits no interface
