@@ -3,7 +3,7 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use core::sync::atomic::AtomicBool;
 use core::time::Duration;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -58,7 +58,7 @@ struct Flags {
     kube_api_url: Option<String>,
     /// Kubeconfig with the API server and credentials [default: the pod's service account]
     #[arg(long, value_name = "FILE")]
-    kubeconfig_file: Option<PathBuf>,
+    kubeconfig_file: Option<String>,
     /// What the names of the nodes' annotations begin with
     #[arg(long, value_name = "PREFIX", default_value = DEFAULT_PREFIX)]
     kube_annotation_prefix: String,
@@ -131,9 +131,12 @@ impl Kube {
             );
         }
         let url = flags.kube_api_url.as_deref().filter(|url| !url.is_empty());
-        let file = flags.kubeconfig_file.as_deref();
-        let file = file.filter(|file| !file.as_os_str().is_empty());
-        let config = kube::config(url, file).context("Failed to create SubnetManager")?;
+        let file = flags
+            .kubeconfig_file
+            .as_deref()
+            .filter(|file| !file.is_empty());
+        let config =
+            kube::config(url, file.map(Path::new)).context("Failed to create SubnetManager")?;
         Ok(Self { config, prefix })
     }
 

@@ -3,7 +3,6 @@
 //! It lists (in pages, or at once like a server that answers from its cache), watches (with bookmarks; late, out of
 //! order, cut off or expired), merges strategic patches into `nodes/status`, and remembers what it was asked.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-#![expect(dead_code, reason = "every test binary uses its own part")]
 
 use core::time::Duration;
 use std::collections::BTreeMap;

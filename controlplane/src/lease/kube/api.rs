@@ -148,13 +148,22 @@ enum Age {
     Latest,
 }
 
+/// How a watch ended that did not fail.
+#[derive(Debug)]
+enum End {
+    /// The server closed it, as it does now and then.
+    Closed,
+    /// It said nothing for too long.
+    Silent,
+}
+
 /// The API as seen by one node.
 #[derive(Clone)]
 pub(super) struct Api {
     client: Client,
     prefix: Arc<Prefix>,
     own: Arc<str>,
-    /// A watch that says nothing for so long is given up for a new one.
+    /// A watch that says nothing for so long is given up, and all nodes are listed.
     silent: Duration,
 }
 
@@ -178,7 +187,8 @@ impl Api {
         let mut backoff = Backoff::default();
         let mut age = Age::Any;
         while !out.is_closed() {
-            let version = match self.list(&age).await {
+            let mut next: fn(String) -> Age = Age::NotOlder;
+            let mut version = match self.list(&age).await {
                 Ok((version, nodes)) => {
                     if out.send(News::Listed(nodes)).await.is_err() {
                         return;
@@ -194,26 +204,42 @@ impl Api {
                     continue;
                 }
             };
-            let mut version = version;
             while !out.is_closed() {
                 let start = Instant::now();
                 let before = version.clone();
                 let end = self.watch(&mut version, &mut backoff, &out).await;
-                if version != before || start.elapsed() >= GOOD {
+                let good = version != before || start.elapsed() >= GOOD;
+                if good {
                     backoff.reset();
                 }
                 match end {
-                    Ok(()) if backoff.failures() == 0 && start.elapsed() >= GOOD => {}
-                    Ok(()) => tokio::time::sleep(backoff.next()).await,
+                    Ok(End::Closed) if good => {}
+                    Ok(End::Closed) => tokio::time::sleep(backoff.next()).await,
+                    // It may be waiting for a version that will not come.
+                    Ok(End::Silent) => break,
                     Err(error) if error.is_gone() => {
                         tokio::time::sleep(backoff.next()).await;
                         break;
                     }
-                    Err(error) => self.pause(&mut backoff, &error, &out).await,
+                    Err(error) => {
+                        self.pause(&mut backoff, &error, &out).await;
+                        if self.is_ahead(&version).await {
+                            next = |_| Age::Latest;
+                            break;
+                        }
+                    }
                 }
             }
-            age = Age::NotOlder(version);
+            age = next(version);
         }
+    }
+
+    /// Whether the cluster's version is before `version`: it then has another past, and a watch from there waits for long.
+    async fn is_ahead(&self, version: &str) -> bool {
+        let number = |text: &str| text.parse::<u64>().ok();
+        let theirs = self.page("/api/v1/nodes?limit=1").await;
+        let theirs = theirs.ok().and_then(|page| number(&page.version));
+        theirs.is_some_and(|theirs| number(version).is_some_and(|ours| theirs < ours))
     }
 
     /// Waits after a failure; from the second in a row on it is worth a word.
@@ -300,7 +326,7 @@ impl Api {
         version: &mut String,
         backoff: &mut Backoff,
         out: &mpsc::Sender<News>,
-    ) -> Result<(), ApiError> {
+    ) -> Result<End, ApiError> {
         const WHAT: &str = "watch nodes";
         // Spread, so that servers do not see all nodes come back at once.
         let seconds = 300 + random() % 300;
@@ -317,10 +343,15 @@ impl Api {
         let events = events.map_err(|_late| ApiError::silent(WHAT))?;
         let events = events.map_err(|error| ApiError::new(WHAT, error))?;
         if out.send(News::Fine).await.is_err() {
-            return Ok(());
+            return Ok(End::Closed);
         }
         let mut events = core::pin::pin!(events);
-        while let Ok(Some(event)) = timeout(self.silent, events.next()).await {
+        loop {
+            let event = match timeout(self.silent, events.next()).await {
+                Ok(Some(event)) => event,
+                Ok(None) => return Ok(End::Closed),
+                Err(_silent) => return Ok(End::Silent),
+            };
             let news = match event.map_err(|error| ApiError::new(WHAT, error))? {
                 WatchEvent::Added(raw) | WatchEvent::Modified(raw) => {
                     raw.resource_version().clone_into(version);
@@ -340,10 +371,9 @@ impl Api {
             };
             backoff.reset();
             if out.send(news).await.is_err() {
-                break;
+                return Ok(End::Closed);
             }
         }
-        Ok(())
     }
 
     /// Patches the status of our own node.

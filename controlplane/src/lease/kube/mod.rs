@@ -56,7 +56,7 @@ const ECHO: Duration = Duration::from_secs(2);
 const CONNECT: Duration = Duration::from_secs(5);
 /// Nodes that are named in one go; a whole cluster of another backend is not worth a line each.
 const NAMED_MAX: usize = 20;
-/// A watch that is silent for so long is given up for a new one: servers send bookmarks about once a minute.
+/// A watch that is silent for so long is given up for a new list: servers send bookmarks about once a minute.
 pub const SILENT: Duration = Duration::from_secs(150);
 
 /// Why the source cannot begin.
