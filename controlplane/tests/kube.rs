@@ -357,7 +357,7 @@ fn the_own_subnet_may_come_late_and_change() {
     );
     let assign = |cidrs: &[&str]| {
         rig.api.change("n1", |node| {
-            node["spec"] = json!({"podCIDR": cidrs[0], "podCIDRs": cidrs})
+            node["spec"] = json!({"podCIDR": cidrs[0], "podCIDRs": cidrs});
         });
     };
     assign(&["10.245.1.0/24"]);
@@ -394,7 +394,7 @@ fn the_own_subnet_may_come_late_and_change() {
     // An older node has it already.
     rig.api.create("n2", &["10.244.9.0/25"], &member(2));
     rig.api.change("n2", |node| {
-        node["metadata"]["creationTimestamp"] = "2020-01-01T00:00:00Z".into()
+        node["metadata"]["creationTimestamp"] = "2020-01-01T00:00:00Z".into();
     });
     assert!(
         source
@@ -438,7 +438,7 @@ fn the_mac_is_kept() {
         &format!(r#"{{"VNI":1,"VtepMAC":"{first}"}}"#),
     );
     rig.api.change("n2", |node| {
-        node["metadata"]["creationTimestamp"] = "2020-01-01T00:00:00Z".into()
+        node["metadata"]["creationTimestamp"] = "2020-01-01T00:00:00Z".into();
     });
     let set = source.peers(&[&format!("n2 10.244.2.0/24 10.199.0.2 {first}")]);
     let other = set.own(Family::V4).unwrap().vtep_mac.unwrap();
@@ -524,7 +524,7 @@ fn what_others_write_is_put_right_and_refusals_are_tried_again() {
         json!({"type": "Ready", "status": "True"})
     );
     rig.api.change("n1", |node| {
-        node["metadata"]["annotations"] = json!({"kept": "x"})
+        node["metadata"]["annotations"] = json!({"kept": "x"});
     });
     eventually("all annotations", || {
         (rig.api.node("n1")["metadata"]["annotations"]
@@ -552,7 +552,7 @@ fn peers_are_followed_and_bad_ones_disturb_nobody() {
     source.peers(&[&n2, &peer(3)]);
     // Every change of what a lease is made of, the pod CIDR alone included.
     rig.api.change("n3", |node| {
-        node["spec"] = json!({"podCIDR": "10.244.33.0/24"})
+        node["spec"] = json!({"podCIDR": "10.244.33.0/24"});
     });
     source.peers(&[&n2, "n3 10.244.33.0/24 10.199.0.3 02:52:53:00:00:03"]);
     rig.api.annotate(
@@ -584,7 +584,7 @@ fn peers_are_followed_and_bad_ones_disturb_nobody() {
             .change("n3", |node| node["spec"] = json!({"podCIDR": bad}));
         source.peers(&[&n2]);
         rig.api.change("n3", |node| {
-            node["spec"] = json!({"podCIDR": "10.244.3.0/24"})
+            node["spec"] = json!({"podCIDR": "10.244.3.0/24"});
         });
         source.peers(&[&n2, "n3 10.244.3.0/24 10.199.0.3 02:52:53:00:00:33"]);
     }
@@ -741,7 +741,7 @@ fn program(count: u16, fat: bool) -> (common::node::Node, Api, String) {
             // What a kubelet reports, mostly images: about 10 KiB.
             let image = |n: u8| json!({"names": [format!("registry.example.com/some/image-{n}@sha256:{}", "0".repeat(64))], "sizeBytes": 12_345_678});
             api.change(&name, |node| {
-                node["status"]["images"] = (0..50).map(image).collect()
+                node["status"]["images"] = (0..50).map(image).collect();
             });
         }
     }

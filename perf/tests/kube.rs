@@ -12,6 +12,7 @@
 )]
 #![expect(clippy::print_stdout, reason = "what the traffic did is worth reading")]
 
+#[expect(dead_code, reason = "it is made for more tests than this one")]
 #[path = "../../controlplane/tests/common/api.rs"]
 mod api;
 

@@ -4,10 +4,11 @@
 //! order, cut off or expired), merges strategic patches into `nodes/status`, and remembers what it was asked.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use core::net::SocketAddr;
 use core::time::Duration;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 

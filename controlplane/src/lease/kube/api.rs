@@ -55,7 +55,7 @@ fn hint(code: u16) -> &'static str {
     match code {
         401 => ": check the credentials (kubeconfig or service account token)",
         403 => {
-            ": the ClusterRole needs get, list and watch of nodes, patch of nodes/status and get of pods"
+            ": the ClusterRole needs list and watch of nodes, patch of nodes/status and get of pods"
         }
         _ => "",
     }
@@ -63,16 +63,16 @@ fn hint(code: u16) -> &'static str {
 
 impl ApiError {
     fn new(what: &'static str, error: kube::Error) -> Self {
-        match error {
-            kube::Error::Api(status) => Self::Refused {
+        if let kube::Error::Api(status) = error {
+            let (code, message) = (status.code, status.message);
+            Self::Refused {
                 what,
-                code: status.code,
-                message: status.message.clone(),
-            },
-            error => Self::Failed {
-                what,
-                problem: crate::explained(&error.into()),
-            },
+                code,
+                message,
+            }
+        } else {
+            let problem = crate::explained(&error.into());
+            Self::Failed { what, problem }
         }
     }
 

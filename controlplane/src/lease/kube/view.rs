@@ -144,7 +144,7 @@ impl View {
                     }
                 }
                 (Some(Conflict::Mac(_)), true) => {
-                    *view.own_mac_taken.get_mut(lease.family()) = true
+                    *view.own_mac_taken.get_mut(lease.family()) = true;
                 }
                 (Some(Conflict::Subnet(older, subnet)), true) => {
                     view.own_subnet_taken = Some(format!(
