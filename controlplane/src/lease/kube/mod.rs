@@ -6,7 +6,7 @@
 //!        └──── patch of our own nodes/status ───┘  └── kernel: our addresses, our device's MAC
 //! ```
 //!
-//! One thread with a small runtime of its own. [`api`] follows the nodes and never gives up; the keeper compares what
+//! One thread with a small runtime of its own. `api` follows the nodes and never gives up; the keeper compares what
 //! our own node's annotations and condition say with what they should, and writes the difference, whoever made it. Our
 //! public IPs are those of the interface, so they too are looked at again all the time.
 //!
