@@ -1,8 +1,9 @@
 //! The control-plane process: reads its configuration, starts the lease source, runs the loop.
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use core::sync::atomic::AtomicBool;
 use core::time::Duration;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -13,6 +14,8 @@ use ipnet::IpNet;
 use ripstop_controlplane::family::PerFamily;
 use ripstop_controlplane::interface::Selection;
 use ripstop_controlplane::lease::file::FileSource;
+use ripstop_controlplane::lease::kube::annotations::{DEFAULT_PREFIX, Prefix};
+use ripstop_controlplane::lease::kube::{self, KubeSource};
 use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
 use ripstop_controlplane::netconf::{Backend, NetConf};
 use ripstop_controlplane::reconcile::{Reconciler, Settings};
@@ -20,6 +23,9 @@ use ripstop_controlplane::sys::{Signals, Wake, hostname};
 use ripstop_controlplane::traffic::{self, Mode};
 use ripstop_controlplane::{DEFAULT_RUN_DIR, detour, explained, goflags};
 use tracing_subscriber::EnvFilter;
+
+/// How long to ask which node this pod is on; then the kubelet starts us anew.
+const POD_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Control plane of a Ripstop node: keeps the kernel's path and the workers' forwarding table as the leases say.
 #[derive(Debug, Parser)]
@@ -35,7 +41,7 @@ struct Flags {
     /// Leases of all nodes; watched
     #[arg(long, value_name = "FILE", default_value = "/etc/ripstop/leases.json")]
     lease_file: PathBuf,
-    /// This node's name in the leases [default: host name]
+    /// This node's name [default: the host's, or with --kube-subnet-mgr that of the node of pod POD_NAME in POD_NAMESPACE]
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     node_name: Option<String>,
     /// Interface, or its address, for traffic between nodes; the first that exists is used
@@ -47,6 +53,21 @@ struct Flags {
     /// IPv6 address that other nodes reach this one by
     #[arg(long, value_name = "IP")]
     public_ipv6: Option<Ipv6Addr>,
+    /// Take the leases from the nodes of the Kubernetes cluster instead of --lease-file
+    #[arg(long)]
+    kube_subnet_mgr: bool,
+    /// URL of the Kubernetes API server [default: the kubeconfig's, or the pod's own cluster]
+    #[arg(long, value_name = "URL")]
+    kube_api_url: Option<String>,
+    /// Kubeconfig with the API server and credentials [default: the pod's service account]
+    #[arg(long, value_name = "FILE")]
+    kubeconfig_file: Option<String>,
+    /// What the names of the nodes' annotations begin with
+    #[arg(long, value_name = "PREFIX", default_value = DEFAULT_PREFIX)]
+    kube_annotation_prefix: String,
+    /// Set the node's condition NetworkUnavailable to False once it can forward
+    #[arg(long, value_name = "BOOL", default_value = "true", num_args = 0..=1, require_equals = true, default_missing_value = "true", action = clap::ArgAction::Set)]
+    set_node_network_unavailable: bool,
     /// Directory of the regions shared with the data plane
     #[arg(long, value_name = "DIR", default_value = DEFAULT_RUN_DIR)]
     run_dir: PathBuf,
@@ -82,6 +103,9 @@ struct Flags {
         value_parser = Exempt::parse
     )]
     no_masquerade: Vec<Exempt>,
+    /// Where pods find this node's subnet [default with --kube-subnet-mgr: /run/flannel/subnet.env, else not written]
+    #[arg(long, value_name = "FILE")]
+    subnet_file: Option<PathBuf>,
     /// Keep a route that refuses what is for no pod of this node
     #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set)]
     ip_blackhole_route: bool,
@@ -144,34 +168,114 @@ fn main() -> ExitCode {
     }
 }
 
+/// What `--kube-subnet-mgr` needs, checked.
+struct Kube {
+    config: ::kube::Config,
+    prefix: Prefix,
+}
+
+impl Kube {
+    fn new(flags: &Flags) -> anyhow::Result<Self> {
+        let prefix =
+            Prefix::new(&flags.kube_annotation_prefix).context("Failed to create SubnetManager")?;
+        // There is no bounded queue to size; flannel's check is kept.
+        if let Some(depth) = environment("EVENT_QUEUE_DEPTH") {
+            anyhow::ensure!(
+                depth.parse::<i64>().is_ok(),
+                "env EVENT_QUEUE_DEPTH={depth} format error: it takes a number, and is not used"
+            );
+        }
+        if environment("CONT_WHEN_CACHE_NOT_READY").is_some() {
+            tracing::debug!(
+                "CONT_WHEN_CACHE_NOT_READY is not used: the API server is waited for without an end"
+            );
+        }
+        let url = flags.kube_api_url.as_deref().filter(|url| !url.is_empty());
+        let file = flags
+            .kubeconfig_file
+            .as_deref()
+            .filter(|file| !file.is_empty());
+        let config =
+            kube::config(url, file.map(Path::new)).context("Failed to create SubnetManager")?;
+        Ok(Self { config, prefix })
+    }
+
+    fn node_of_pod(&self) -> anyhow::Result<String> {
+        let (Some(pod), Some(namespace)) = (environment("POD_NAME"), environment("POD_NAMESPACE"))
+        else {
+            anyhow::bail!(
+                "env variables POD_NAME and POD_NAMESPACE must be set, or NODE_NAME or --node-name"
+            );
+        };
+        Ok(kube::node_of_pod(
+            self.config.clone(),
+            &namespace,
+            &pod,
+            POD_PATIENCE,
+        )?)
+    }
+}
+
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
 fn run(flags: Flags) -> anyhow::Result<()> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::take_over().context("take over SIGTERM and SIGINT")?;
     let conf = NetConf::load(&flags.net_config_path)?;
-    let node = match flags.node_name.filter(|name| !name.is_empty()) {
-        Some(name) => name,
-        None => hostname().context("read the host name; give --node-name")?,
+    let kube = match flags.kube_subnet_mgr {
+        true => Some(Kube::new(&flags)?),
+        false => None,
     };
-    let source = Box::new(FileSource::new(
-        flags.lease_file,
-        node.clone(),
-        conf.clone(),
-    ));
+    let named = flags.node_name.filter(|name| !name.is_empty());
+    let node = match (named, &kube) {
+        (Some(name), _) => name,
+        (None, Some(kube)) => kube.node_of_pod()?,
+        (None, None) => hostname().context("read the host name; give --node-name")?,
+    };
+    let mut selection = Selection {
+        ifaces: flags.iface,
+        public_ips: PerFamily {
+            v4: flags.public_ip.map(IpAddr::V4),
+            v6: flags.public_ipv6.map(IpAddr::V6),
+        },
+        lease_ips: PerFamily::default(),
+        families: PerFamily {
+            v4: conf.network.is_some(),
+            v6: conf.network6.is_some(),
+        },
+        host_gw: conf.backend == Backend::HostGw,
+    };
+    let ready = Arc::new(AtomicBool::new(false));
+    let source: Box<dyn LeaseSource> = match kube {
+        Some(kube) => {
+            let settings = kube::Settings {
+                node: node.clone(),
+                conf: conf.clone(),
+                selection: selection.clone(),
+                prefix: kube.prefix,
+                set_network_available: flags.set_node_network_unavailable,
+                ready: Arc::clone(&ready),
+                silent: kube::SILENT,
+            };
+            // Whether a public IP is the interface's is for the source to say, which knows the Node's word for it too.
+            selection.public_ips = PerFamily::default();
+            Box::new(KubeSource::new(kube.config, settings))
+        }
+        None => Box::new(FileSource::new(
+            flags.lease_file,
+            node.clone(),
+            conf.clone(),
+        )),
+    };
+    let subnet_file = flags.subnet_file.or_else(|| {
+        let usual = PathBuf::from(ripstop_cni::subnet_env::DEFAULT_PATH);
+        flags.kube_subnet_mgr.then_some(usual)
+    });
     let mut reconciler = Reconciler::new(Settings {
         node: node.clone(),
-        selection: Selection {
-            ifaces: flags.iface,
-            public_ips: PerFamily {
-                v4: flags.public_ip.map(IpAddr::V4),
-                v6: flags.public_ipv6.map(IpAddr::V6),
-            },
-            lease_ips: PerFamily::default(),
-            families: PerFamily {
-                v4: conf.network.is_some(),
-                v6: conf.network6.is_some(),
-            },
-            host_gw: conf.backend == Backend::HostGw,
-        },
+        selection,
         traffic: traffic::Settings {
             mode: Mode::choose(conf.nftables),
             masquerade: flags.ip_masq,
@@ -190,6 +294,8 @@ fn run(flags: Flags) -> anyhow::Result<()> {
         table: flags.route_table,
         guard: flags.guard == Switch::On,
         lease_source: source.describe(),
+        subnet_file,
+        ready,
     })?;
     tracing::info!(node, leases = source.describe(), "control plane started");
     let wake = Arc::new(Wake::new()?);

@@ -17,6 +17,7 @@
 //! Every part fails on its own: it is reported once, tried again later, and the others go on.
 
 use core::net::IpAddr;
+use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::AsFd;
@@ -47,6 +48,7 @@ use crate::publish::{DataPlane, Fib, FibError, Published};
 use crate::rules::{Filter, FilterKeeper};
 use crate::standby::{self, StandbyError, TABLE_MAIN};
 use crate::state::{RulesState, State};
+use crate::subnet_file;
 use crate::sys::{Signals, Wake, wait_readable};
 use crate::traffic::{self, Networks, blackhole};
 use crate::uplink::{self, Uplink};
@@ -223,6 +225,10 @@ pub struct Settings {
     pub traffic: traffic::Settings,
     /// What the lease source calls itself.
     pub lease_source: String,
+    /// Where pods find this node's subnet, if anywhere.
+    pub subnet_file: Option<PathBuf>,
+    /// Set, for good, once pods' packets get to the peers in one way or another.
+    pub ready: Arc<AtomicBool>,
 }
 
 /// The state of the loop.
@@ -522,6 +528,35 @@ impl Reconciler {
         }
         self.observe_data_plane(now);
         step!(detour, self.keep_detours(&leases, &underlay, |_| true));
+        let done = |step: &Step| !step.due && step.failures == 0;
+        let standby = done(&self.steps.standby) && !self.standby_unfinished;
+        if done(&self.steps.publish) && (standby || self.detour_active) {
+            self.settings.ready.store(true, Ordering::Relaxed);
+            self.keep_subnet_file(&leases, &underlay);
+        }
+    }
+
+    /// Tells pods of the subnet, now that their packets get through.
+    fn keep_subnet_file(&mut self, leases: &LeaseSet, underlay: &Underlay) {
+        let Settings { conf, traffic, .. } = &self.settings;
+        let Some(path) = &self.settings.subnet_file else {
+            return;
+        };
+        let wanted = subnet_file::wanted(conf, leases, underlay.mtu, traffic.masquerade);
+        match wanted.map(|wanted| subnet_file::keep(path, &wanted)) {
+            None | Some(Ok(false)) => self.problems.clear("subnet file"),
+            Some(Ok(true)) => {
+                tracing::info!(path = %path.display(), "subnet file written");
+                self.problems.clear("subnet file");
+            }
+            Some(Err(error)) => self.problems.raise(
+                "subnet file",
+                format!(
+                    "write {}: {error}: pods cannot be made until it is there; make its directory writable, or name another with --subnet-file",
+                    path.display()
+                ),
+            ),
+        }
     }
 
     /// Chooses the interface, and with it puts a new lease set into force: one whose own lease fits no interface

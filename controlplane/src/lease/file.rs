@@ -23,7 +23,9 @@ use std::time::Instant;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::{Lease, LeaseEvent, LeaseSet, LeaseSink, LeaseSource};
+use super::{
+    Lease, LeaseEvent, LeaseSet, LeaseSink, LeaseSource, public_ip_problem, vtep_mac_problem,
+};
 use crate::family::{Family, PerFamily};
 use crate::mac::Mac;
 use crate::netconf::NetConf;
@@ -306,20 +308,10 @@ fn address(text: &str, keys: &Keys) -> Result<IpAddr, String> {
                 keys.family, keys.example_ip
             )
         })?;
-    let is_broadcast = address == IpAddr::V4(core::net::Ipv4Addr::BROADCAST);
-    if address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_broadcast {
-        return Err(format!(
-            "{key:?} {address} cannot be the address of a node: use its underlay address"
-        ));
+    match public_ip_problem(address) {
+        Some(problem) => Err(format!("{key:?} {address} {problem}")),
+        None => Ok(address),
     }
-    if let IpAddr::V6(address) = address
-        && (address.is_unicast_link_local() || address.to_ipv4_mapped().is_some())
-    {
-        return Err(format!(
-            "{key:?} {address} does not lead to one node from everywhere: use a global or unique local address"
-        ));
-    }
-    Ok(address)
 }
 
 fn prefix(text: &str, keys: &Keys, network: IpNet) -> Result<IpNet, String> {
@@ -358,17 +350,12 @@ fn mac(text: &str, keys: &Keys) -> Result<Mac, String> {
     let mac: Mac = text
         .parse()
         .map_err(|error| format!("{key:?} is {text:?}: {error}"))?;
-    if mac.is_zero() || mac.is_multicast() {
-        return Err(format!(
-            "{key:?} {mac} is {}: use a unicast address, best a locally administered one (second digit 2, 6, a or e)",
-            if mac.is_zero() {
-                "zero"
-            } else {
-                "a group address"
-            }
-        ));
+    match vtep_mac_problem(mac) {
+        Some(problem) => Err(format!(
+            "{key:?} {mac} is {problem}: use a unicast address, best a locally administered one (second digit 2, 6, a or e)"
+        )),
+        None => Ok(mac),
     }
-    Ok(mac)
 }
 
 fn conflict(a: (usize, &str), b: (usize, &str), problem: String) -> LeaseFileError {

@@ -4,6 +4,7 @@
 //! what changed is always the difference of two sets, so a lost event can delay a change but not lose it.
 
 pub mod file;
+pub mod kube;
 
 use core::net::IpAddr;
 use std::sync::Arc;
@@ -71,6 +72,31 @@ impl LeaseSet {
     }
 }
 
+/// Why an address cannot be a node's public IP; nothing if it can.
+pub(crate) fn public_ip_problem(address: IpAddr) -> Option<&'static str> {
+    let is_broadcast = address == IpAddr::V4(core::net::Ipv4Addr::BROADCAST);
+    if address.is_unspecified() || address.is_loopback() || address.is_multicast() || is_broadcast {
+        return Some("cannot be the address of a node: use its underlay address");
+    }
+    match address {
+        IpAddr::V6(address)
+            if address.is_unicast_link_local() || address.to_ipv4_mapped().is_some() =>
+        {
+            Some("does not lead to one node from everywhere: use a global or unique local address")
+        }
+        IpAddr::V4(_) | IpAddr::V6(_) => None,
+    }
+}
+
+/// What makes an Ethernet address unfit for a tunnel end point; nothing if it is fit.
+pub(crate) fn vtep_mac_problem(mac: Mac) -> Option<&'static str> {
+    match (mac.is_zero(), mac.is_multicast()) {
+        (true, _) => Some("zero"),
+        (_, true) => Some("a group address"),
+        (false, false) => None,
+    }
+}
+
 /// What a source reports.
 #[derive(Debug)]
 pub enum LeaseEvent {
@@ -108,7 +134,7 @@ impl LeaseSink {
     }
 }
 
-/// A stream of whole lease sets: a file, and later the Kubernetes API or etcd.
+/// A stream of whole lease sets: a file or the Kubernetes API, and later etcd.
 pub trait LeaseSource: Send {
     /// What to call the source in logs and status.
     fn describe(&self) -> String;

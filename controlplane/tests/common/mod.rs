@@ -17,6 +17,7 @@ use ripstop_controlplane::lease::{Lease, LeaseSet};
 use ripstop_controlplane::mac::Mac;
 use ripstop_controlplane::netconf::NetConf;
 
+pub(crate) mod api;
 pub(crate) mod node;
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);

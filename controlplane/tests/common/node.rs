@@ -79,7 +79,10 @@ impl Node {
         };
         let node_name = format!("n{}", self.own);
         let (conf, leases, run_dir) = (path("net-conf.json"), path("leases.json"), path("run"));
+        let subnet_file = path("flannel/subnet.env");
         let own = [
+            "--subnet-file",
+            &subnet_file,
             "--net-config-path",
             &conf,
             "--lease-file",

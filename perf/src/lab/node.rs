@@ -466,6 +466,8 @@ impl Node {
         let interfaces = self.plan.interfaces();
         command.args(["--node-name", &self.name, "--iface", &interfaces[0]]);
         command.arg("--run-dir").arg(self.run_dir());
+        let subnet_file = self.net_conf_file().with_file_name("subnet.env");
+        command.arg("--subnet-file").arg(subnet_file);
         Ok(command)
     }
 
