@@ -15,7 +15,7 @@ help:
 	@echo 'make demo    a cluster of four nodes in network namespaces, traffic, and a kill of each process'
 	@echo 'make test    everything that CI runs on every change: format, lints, documents, all tests'
 	@echo 'make test-vm the data plane on other kernels and real drivers, in guests under QEMU (perf/vm/README.md)'
-	@echo 'make test-vm-short  the part of it that CI runs on every change'
+	@echo 'make test-vm-short  the part of it that says most in a few minutes'
 	@echo 'make bench   what a packet costs, and what a table of 15,000 leases costs'
 	@echo 'make lint    format, lints and documents alone'
 	@echo 'make deep    Miri, loom, weakened orderings that must be caught, fuzzing (nightly toolchain)'
