@@ -787,10 +787,11 @@ fn the_command_line_starts_and_ends_processes() -> Result<()> {
     }
     let dir = lab.dir().join("n1");
     let expected = format!(
-        "ripstop-controlplane --net-config-path {} --lease-file {} --node-name n1 --iface eth0 --run-dir {}\n",
+        "ripstop-controlplane --net-config-path {} --lease-file {} --node-name n1 --iface eth0 --run-dir {} --subnet-file {}\n",
         dir.join("net-conf.json").display(),
         lab.lease_file().display(),
         dir.join("run").display(),
+        dir.join("subnet.env").display(),
     );
     assert_eq!(node.controlplane_log(), expected);
     let expected = format!(
