@@ -71,7 +71,10 @@ pub fn rewrite(
             given.flags.push((name.to_owned(), None));
             continue;
         }
-        let flag = find(command, name).ok_or_else(|| FlagError::Unknown(name.to_owned()))?;
+        let flag = command
+            .get_arguments()
+            .find(|flag| flag.get_long() == Some(name))
+            .ok_or_else(|| FlagError::Unknown(name.to_owned()))?;
         let value = match value {
             Some(value) => value,
             None if is_switch(flag) => "true".to_owned(),
@@ -168,14 +171,6 @@ impl Given {
             .chain(flags)
             .collect()
     }
-}
-
-/// Finds a flag by its name, or by one of its aliases.
-fn find<'c>(command: &'c Command, name: &str) -> Option<&'c Arg> {
-    command.get_arguments().find(|flag| {
-        let aliases = flag.get_all_aliases().unwrap_or_default();
-        flag.get_long() == Some(name) || aliases.contains(&name)
-    })
 }
 
 /// Whether a flag needs no value.
