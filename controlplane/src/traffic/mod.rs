@@ -274,11 +274,15 @@ pub fn remove() -> (Vec<String>, Vec<TrafficError>) {
     let (mut removed, mut errors) = (Vec::new(), Vec::new());
     let nothing = Wanted::default();
     let (mut nft, mut iptables) = (Nft::default(), Iptables::default());
+    let mut elsewhere = Iptables::elsewhere();
     for family in Family::ALL {
-        let results = [
+        let mut results = vec![
             (nft::place(family), nft.keep(family, &nothing)),
             (iptables::place(family), iptables.keep(family, &nothing)),
         ];
+        if let Some(elsewhere) = &mut elsewhere {
+            results.push((iptables::place(family), elsewhere.keep(family, &nothing)));
+        }
         for (what, result) in results {
             match result {
                 Ok(true) => removed.push(format!("masquerade and forward rules ({what})")),
@@ -323,6 +327,8 @@ struct Rules {
     mode: Mode,
     nft: Nft,
     iptables: Iptables,
+    /// What another variant of iptables, legacy or nft, has set: flannel's image may bring one that the system has not.
+    elsewhere: Option<Iptables>,
     /// The other mode's rules are known to be away.
     others_away: PerFamily<bool>,
     problems: Problems,
@@ -354,6 +360,11 @@ impl Rules {
                 Mode::Nftables => self.iptables.keep(family, &nothing),
                 Mode::Iptables => self.nft.keep(family, &nothing),
             };
+            let removed = removed.and_then(|removed| {
+                let elsewhere = self.elsewhere.as_mut();
+                let more = elsewhere.map(|elsewhere| elsewhere.keep(family, &nothing));
+                Ok(removed | more.transpose()?.unwrap_or(false))
+            });
             if let Ok(true) = removed {
                 tracing::info!("{other} removed");
             }
@@ -402,6 +413,7 @@ fn keep(desk: &Desk<Wanted>, mode: Mode, resync: Duration) {
         mode,
         nft: Nft::default(),
         iptables: Iptables::default(),
+        elsewhere: Iptables::elsewhere(),
         others_away: PerFamily::default(),
         problems: Problems::default(),
     };
