@@ -161,9 +161,15 @@ impl Step {
         }
     }
 
-    /// News: the reason of the failure may be gone.
+    /// There is something to do.
     fn wake(&mut self) {
         self.due = true;
+    }
+
+    /// The same after news: the reason of a failure may be gone, so the wait after it is short again.
+    fn news(&mut self) {
+        self.wake();
+        self.not_before = self.not_before.min(Instant::now() + BACKOFF_FIRST);
     }
 
     fn is_ready(&self, now: Instant) -> bool {
@@ -443,19 +449,19 @@ impl Reconciler {
     fn mark(&mut self, dirty: Dirty) {
         let steps = &mut self.steps;
         if dirty.links {
-            steps.underlay.wake();
+            steps.underlay.news();
         }
         if dirty.routes {
             self.hops.forget_routes();
         }
         if dirty.routes || dirty.neighbours {
-            steps.next_hops.wake();
+            steps.next_hops.news();
         }
         if dirty.standby {
-            steps.standby.wake();
+            steps.standby.news();
         }
         if dirty.detour {
-            steps.detour.wake();
+            steps.detour.news();
         }
     }
 
@@ -615,9 +621,9 @@ impl Reconciler {
             );
             self.underlay = Some(chosen);
             self.hops.forget_routes();
-            self.steps.next_hops.wake();
-            self.steps.publish.wake();
-            self.steps.standby.wake();
+            self.steps.next_hops.news();
+            self.steps.publish.news();
+            self.steps.standby.news();
         }
         // A bond's ports come and go without a route changing.
         let now_there = |uplink: &Uplink| Uplink::of(&self.links, uplink.link);
@@ -637,7 +643,7 @@ impl Reconciler {
             self.traffic.set(self.rules_wanted(&pending));
             self.leases = Some(pending);
             for step in self.all_steps() {
-                step.wake();
+                step.news();
             }
         }
         Ok(())

@@ -30,7 +30,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, ensure};
 use api::Api;
 use ripstop_perf::{
-    Backend, Families, Host, Lab, Mark, Node, TrafficGroup, UdpFlow, address, wait_until,
+    Backend, Families, Family, Host, Lab, Mark, Node, TrafficGroup, UdpFlow, address, wait_until,
 };
 use serde_json::json;
 
@@ -281,6 +281,30 @@ impl<'a> Patient<'a> {
         Ok(())
     }
 
+    /// The link goes down, once for a moment and once for longer, and comes up. What else the kernel forgets then, whoever
+    /// has configured it gives back.
+    fn flap(&mut self, lab: &Lab) -> Result<()> {
+        let node = self.node;
+        let mut commands = vec![
+            "ip link set eth0 up".to_owned(),
+            format!("ip route replace default via {}", address::FABRIC),
+        ];
+        if lab.families().contains(&Family::Ipv6) {
+            commands.push(format!("ip addr add {}/64 dev eth0 nodad", node.address6()));
+            commands.push(format!("ip -6 route replace ::/0 via {}", address::FABRIC6));
+        }
+        for (what, down) in [
+            ("eth0 up after a moment", Duration::ZERO),
+            ("eth0 up after 4 s", Duration::from_secs(4)),
+        ] {
+            run(node, "ip link set eth0 down")?;
+            sleep(down);
+            let up = || commands.iter().try_for_each(|command| run(node, command));
+            self.interrupt(what, up)?;
+        }
+        Ok(())
+    }
+
     /// From here on nothing is lost, and the workers carry it.
     fn on_the_workers(&self) -> Result<()> {
         let node = self.node;
@@ -437,10 +461,7 @@ fn a_vxlan_node_heals_in_both_families() -> Result<()> {
         for (what, damage) in kernel {
             patient.damage(what, Carrier::Kernel, &damage)?;
         }
-        let flap = flap(lab);
-        patient.interrupt("eth0 down and up", || {
-            flap.iter().try_for_each(|line| run(node, line))
-        })?;
+        patient.flap(lab)?;
         patient.interrupt("eth0 with MTU 1400, and 1500 again", || {
             for mtu in [1400, 1500] {
                 run(node, &format!("ip link set eth0 mtu {mtu}"))?;
@@ -457,18 +478,6 @@ fn a_vxlan_node_heals_in_both_families() -> Result<()> {
         })?;
         patient.finish("vxlan, IPv4 and IPv6")
     })
-}
-
-/// A link goes down and comes up; what else the kernel then forgets, whoever has configured it gives back.
-fn flap(lab: &Lab) -> Vec<String> {
-    let node = lab.node(1);
-    let mut commands = texts(&["ip link set eth0 down", "ip link set eth0 up"]);
-    commands.push(format!("ip route replace default via {}", address::FABRIC));
-    if lab.families().len() > 1 {
-        commands.push(format!("ip addr add {}/64 dev eth0 nodad", node.address6()));
-        commands.push(format!("ip -6 route replace ::/0 via {}", address::FABRIC6));
-    }
-    commands
 }
 
 #[test]
@@ -509,10 +518,7 @@ fn a_host_gw_node_heals() -> Result<()> {
         ] {
             patient.damage(what, Carrier::Kernel, &damage)?;
         }
-        let flap = flap(lab);
-        patient.interrupt("eth0 down and up", || {
-            flap.iter().try_for_each(|line| run(node, line))
-        })?;
+        patient.flap(lab)?;
         patient.finish("host-gw, IPv4 and IPv6")
     })
 }
