@@ -30,7 +30,8 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, ensure};
 use api::Api;
 use ripstop_perf::{
-    Backend, Families, Family, Host, Lab, Mark, Node, TrafficGroup, UdpFlow, address, wait_until,
+    Backend, Fabric, Families, Family, Host, Lab, Lease, Mark, Node, Ping, TrafficGroup, UdpFlow,
+    address, wait_until,
 };
 use serde_json::json;
 
@@ -520,6 +521,125 @@ fn a_host_gw_node_heals() -> Result<()> {
         }
         patient.flap(lab)?;
         patient.finish("host-gw, IPv4 and IPv6")
+    })
+}
+
+/// The NIC itself is made anew, with another number: the data plane, which held it, ends and is started again.
+#[test]
+fn a_nic_that_is_made_anew_is_used_again() -> Result<()> {
+    let _machine = machine();
+    Lab::builder().ripstop(2).run(|lab| {
+        lab.start_ripstop()?;
+        let (node, fabric, port) = (lab.node(1), lab.fabric(), Fabric::port(1));
+        let parts = [
+            "ip -o -d link show flannel.1",
+            "ip -4 route show proto 82",
+            "ip neigh show nud permanent",
+            "bridge fdb show dev flannel.1",
+        ];
+        let healthy = look(node, &parts)?;
+        run(node, "ip link del eth0")?;
+        wait_until("the data plane ends with its NIC", PATIENCE, || {
+            !node.dataplane_is_running()
+        })?;
+        assert!(node.controlplane_is_running());
+        let started = Instant::now();
+        run(
+            fabric,
+            &format!(
+                "ip link add name {port} mtu 1500 numrxqueues 1 numtxqueues 1 type veth peer name eth0 address {} \
+                 mtu 1500 numrxqueues 1 numtxqueues 1 netns {}",
+                address::underlay_mac(1),
+                node.netns().name()
+            ),
+        )?;
+        run(fabric, &format!("ip link set {port} master br0 up"))?;
+        let ends: [(&dyn Host, &str); 2] = [(fabric, &port), (node, "eth0")];
+        for (host, name) in ends {
+            run(host, &format!("ethtool -K {name} tx off gro off"))?;
+        }
+        run(node, "ip link set eth0 up")?;
+        run(node, &format!("ip addr add {}/24 dev eth0", node.address()))?;
+        run(node, &format!("ip route add default via {}", address::FABRIC))?;
+        wait_until("the device and all its peers are back", PATIENCE, || {
+            look(node, &parts).is_ok_and(|seen| seen == healthy)
+        })?;
+        let (one, other) = (lab.pod(1, 0), lab.pod(2, 0));
+        wait_until("pods talk by the kernel", PATIENCE, || {
+            Ping::new(one, other).run().is_ok_and(|ping| ping.received == 1)
+        })?;
+        println!("NIC made anew: standby whole and carrying after {:.1?}", started.elapsed());
+        node.start_dataplane()?;
+        node.wait_for_detour(1)?;
+        let before = node.workers()?.encapsulated();
+        let report = UdpFlow::new(one, other).rate(RATE).count(RATE).run()?;
+        assert!(report.is_perfect(), "{report}");
+        wait_until("the workers carried it", PATIENCE, || {
+            let workers = node.workers();
+            workers.is_ok_and(|workers| workers.encapsulated() >= before + RATE)
+        })
+    })
+}
+
+/// Nodes leave while nobody looks, and leave behind what others have made of them too.
+#[test]
+fn peers_that_left_while_nobody_looked_are_forgotten() -> Result<()> {
+    let _machine = machine();
+    Lab::builder().ripstop(2).run(|lab| {
+        let mut leases = lab.leases();
+        leases.leases.push(Lease::of_node(9));
+        lab.write_leases(&leases)?;
+        lab.start_ripstop()?;
+        let node = lab.node(1);
+        let parts = [
+            "ip -4 route show dev flannel.1",
+            "ip neigh show dev flannel.1 nud permanent",
+            "bridge fdb show dev flannel.1",
+        ];
+        let nine = |seen: &BTreeSet<String>| {
+            let is_of_nine =
+                |line: &&String| line.contains("10.244.9.") || line.contains("10.199.0.19");
+            seen.iter().filter(is_of_nine).count()
+        };
+        wait_until("node 9 is known", PATIENCE, || {
+            look(node, &parts).is_ok_and(|seen| nine(&seen) == 3)
+        })?;
+        node.kill_controlplane();
+        // With it goes rip0, which has the node's address in its subnet too.
+        node.kill_dataplane();
+        leases.leases.retain(|lease| lease.node != "n9");
+        lab.write_leases(&leases)?;
+        // flannel's routes, of a node that is gone and of one that had our subnet before: that leads our pods' packets away.
+        for command in [
+            "ip route add 10.244.8.0/24 via 10.244.8.0 dev flannel.1 onlink",
+            "ip addr del 10.244.1.0/32 dev flannel.1",
+            "ip addr del 10.244.1.1/24 dev cni0",
+            "ip route add 10.244.1.0/24 via 10.244.1.0 dev flannel.1 onlink",
+            "ip addr add 10.244.1.1/24 brd + dev cni0",
+            "ip addr add 10.244.1.0/32 dev flannel.1",
+        ] {
+            run(node, command)?;
+        }
+        let to_own = Ping::new(node, lab.pod(1, 0)).run()?;
+        assert_eq!(
+            to_own.received, 0,
+            "the stale route does what it is here for"
+        );
+        let started = Instant::now();
+        node.start_controlplane()?;
+        wait_until("only what leads to node 2 is left", PATIENCE, || {
+            look(node, &parts).is_ok_and(|seen| {
+                let lines: Vec<&String> = seen.iter().collect();
+                lines.len() == 3 && nine(&seen) == 0
+            })
+        })?;
+        println!(
+            "stale entries gone {:.1?} after the start",
+            started.elapsed()
+        );
+        assert_eq!(Ping::new(node, lab.pod(1, 0)).run()?.received, 1);
+        assert_eq!(Ping::new(lab.pod(1, 0), lab.pod(2, 0)).run()?.received, 1);
+        Ok(())
     })
 }
 

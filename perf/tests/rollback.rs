@@ -528,3 +528,43 @@ fn from_flannel_and_back_twice() -> Result<()> {
 fn from_flannel_and_back_twice_with_both_families() -> Result<()> {
     there_and_back(Families::Dual)
 }
+
+/// flannel forgets the MAC address with a prefix that has a slash, and peers send to one that is nobody's.
+#[test]
+fn the_mac_address_is_kept_with_any_prefix() -> Result<()> {
+    let _machine = machine();
+    Lab::builder().ripstop(1).run(|lab| {
+        let address = (lab.fabric().address(), 0);
+        let listener = lab.fabric().netns().run(|| TcpListener::bind(address))?;
+        let api = Api::serve(listener.context("listen in the fabric")?);
+        let kubeconfig = lab.dir().join("kubeconfig");
+        fs::write(&kubeconfig, api.kubeconfig()).context("kubeconfig")?;
+        let kubeconfig = kubeconfig.to_str().context("path")?;
+        let node = lab.node(1);
+        api.create("n1", &["10.244.1.0/24"], &json!({}));
+        let mut known = None;
+        for _restart in 0..2 {
+            node.start_controlplane_with(&[
+                "--kube-subnet-mgr",
+                "--kubeconfig-file",
+                kubeconfig,
+                "--kube-annotation-prefix=example.com/net",
+            ])?;
+            let data = || {
+                let annotations = &api.node("n1")["metadata"]["annotations"];
+                annotations["example.com/net-backend-data"].clone()
+            };
+            wait_until("device and annotation agree", PATIENCE, || {
+                let link = run(node, "ip -j link show flannel.1").unwrap_or_default();
+                let link: Value = serde_json::from_str(&link).unwrap_or_default();
+                let annotated = data().as_str().and_then(|data| flannels_mac(data).ok());
+                annotated.is_some_and(|mac| link[0]["address"] == *mac)
+            })?;
+            let first = known.get_or_insert_with(data);
+            assert_eq!(*first, data());
+            node.kill_controlplane();
+            run(node, "ip link del flannel.1")?;
+        }
+        Ok(())
+    })
+}
