@@ -20,6 +20,7 @@ pub mod fou;
 pub mod goflags;
 pub mod guard;
 pub mod interface;
+mod keeper;
 pub mod lease;
 pub mod mac;
 pub mod netconf;
