@@ -14,6 +14,7 @@
 
 pub mod cleanup;
 pub mod compile;
+pub mod conflist;
 pub mod detour;
 pub mod family;
 pub mod fou;

@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser};
 use ipnet::IpNet;
+use ripstop_controlplane::conflist::ConflistFlags;
 use ripstop_controlplane::family::PerFamily;
 use ripstop_controlplane::interface::{Pattern, Selection};
 use ripstop_controlplane::lease::file::FileSource;
@@ -115,6 +116,8 @@ struct Flags {
     /// Keep a route that refuses what is for no pod of this node
     #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set)]
     ip_blackhole_route: bool,
+    #[command(flatten)]
+    conflist: ConflistFlags,
     /// error, warn, info, debug, trace, or a filter as tracing-subscriber takes it
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: EnvFilter,
@@ -300,6 +303,7 @@ fn run(flags: Flags) -> anyhow::Result<()> {
         guard: flags.guard == Switch::On,
         lease_source: source.describe(),
         subnet_file,
+        conflist: flags.conflist,
         ready,
     })?;
     tracing::info!(node, leases = source.describe(), "control plane started");

@@ -24,6 +24,11 @@ impl Problems {
         }
     }
 
+    /// Whether `part` has a problem.
+    pub fn is_standing(&self, part: &str) -> bool {
+        self.standing.contains_key(part)
+    }
+
     /// All of them.
     pub fn list(&self) -> Vec<String> {
         self.standing.values().cloned().collect()

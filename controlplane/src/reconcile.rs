@@ -32,6 +32,7 @@ use ripstop_fib::BuildError;
 use ripstop_fib::map::MapError;
 
 use crate::compile::compile;
+use crate::conflist::{self, ConflistFlags};
 use crate::detour;
 use crate::family::{Family, PerFamily};
 use crate::fou::{self, Fou, FouError};
@@ -120,6 +121,13 @@ fn refusals(refused: Vec<String>) -> Result<(), StepError> {
         .into_iter()
         .next()
         .map_or(Ok(()), |first| Err(StepError::Refused { count, first }))
+}
+
+/// Tells the service manager, if there is one, that this service is up.
+fn announce_readiness() {
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!(%error, "the service manager could not be told that the node is ready");
+    }
 }
 
 /// Collects what failed while the rest went on.
@@ -233,6 +241,8 @@ pub struct Settings {
     pub lease_source: String,
     /// Where pods find this node's subnet, if anywhere.
     pub subnet_file: Option<PathBuf>,
+    /// `--install-cni-conf`.
+    pub conflist: ConflistFlags,
     /// Set, for good, once pods' packets get to the peers in one way or another.
     pub ready: Arc<AtomicBool>,
 }
@@ -248,6 +258,7 @@ pub struct Reconciler {
     traffic: traffic::Keeper,
     problems: Problems,
     steps: Steps,
+    conflist: conflist::Keeper,
     /// In force.
     leases: Option<Arc<LeaseSet>>,
     /// To be put into force once it fits an interface.
@@ -315,6 +326,7 @@ impl Reconciler {
             detour: Step::new("detour", now),
         };
         Ok(Self {
+            conflist: conflist::Keeper::new(settings.conflist.clone()),
             settings,
             netlink,
             monitor,
@@ -537,8 +549,15 @@ impl Reconciler {
         let done = |step: &Step| !step.due && step.failures == 0;
         let standby = done(&self.steps.standby) && !self.standby_unfinished;
         if done(&self.steps.publish) && (standby || self.detour_active) {
-            self.settings.ready.store(true, Ordering::Relaxed);
+            let was_ready = self.settings.ready.swap(true, Ordering::Relaxed);
             self.keep_subnet_file(&leases, &underlay);
+            // Whoever makes pods because of it needs that file.
+            if !self.problems.is_standing("subnet file") {
+                self.conflist.look(now, &mut self.problems);
+            }
+            if !was_ready {
+                announce_readiness();
+            }
         }
     }
 
