@@ -202,6 +202,7 @@ fn work(run_dir: &Path, stop: &AtomicBool, stalled: &AtomicBool, accept_until: &
         queue: 0,
         cpu: 0,
         mode: Mode::Copy,
+        wants_zero_copy: true,
         polling: Polling::Adaptive,
         frames: 64,
         frame_size: 2048,
