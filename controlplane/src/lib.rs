@@ -21,6 +21,7 @@ pub mod goflags;
 pub mod guard;
 pub mod interface;
 pub mod lease;
+pub mod logs;
 pub mod mac;
 pub mod netconf;
 pub mod netlink;

@@ -3,6 +3,7 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use core::sync::atomic::AtomicBool;
 use core::time::Duration;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -17,12 +18,12 @@ use ripstop_controlplane::lease::file::FileSource;
 use ripstop_controlplane::lease::kube::annotations::{DEFAULT_PREFIX, Prefix};
 use ripstop_controlplane::lease::kube::{self, KubeSource};
 use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
+use ripstop_controlplane::logs::LogFlags;
 use ripstop_controlplane::netconf::{Backend, NetConf};
 use ripstop_controlplane::reconcile::{Reconciler, Settings};
 use ripstop_controlplane::sys::{Signals, Wake, hostname};
 use ripstop_controlplane::traffic::{self, Mode};
 use ripstop_controlplane::{DEFAULT_RUN_DIR, detour, explained, goflags};
-use tracing_subscriber::EnvFilter;
 
 /// How long to ask which node this pod is on; then the kubelet starts us anew.
 const POD_PATIENCE: Duration = Duration::from_secs(10);
@@ -109,9 +110,8 @@ struct Flags {
     /// Keep a route that refuses what is for no pod of this node
     #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set)]
     ip_blackhole_route: bool,
-    /// error, warn, info, debug, trace, or a filter as tracing-subscriber takes it
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
-    log_level: EnvFilter,
+    #[command(flatten)]
+    logs: LogFlags,
 }
 
 /// A flag with a value, so that its environment variable can say either.
@@ -147,15 +147,15 @@ fn flags() -> Result<(Flags, Vec<String>), clap::Error> {
 fn main() -> ExitCode {
     let (flags, unused) = match flags() {
         Ok(flags) => flags,
+        // As flannel does.
+        Err(error) if error.kind() == ErrorKind::DisplayVersion => {
+            let _nobody_reads = write!(std::io::stderr(), "{error}");
+            return ExitCode::SUCCESS;
+        }
         // Help goes to stdout and ends with 0, errors to stderr and with 2.
         Err(error) => error.exit(),
     };
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .with_env_filter(flags.log_level.clone())
-        .init();
+    flags.logs.start();
     for problem in unused {
         tracing::warn!("{problem}");
     }
