@@ -19,6 +19,7 @@ pub mod family;
 pub mod fou;
 pub mod goflags;
 pub mod guard;
+pub mod health;
 pub mod interface;
 pub mod lease;
 pub mod logs;

@@ -13,10 +13,14 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser};
 use ipnet::IpNet;
 use ripstop_controlplane::family::PerFamily;
+use ripstop_controlplane::health::Health;
+use ripstop_controlplane::health::metrics::Scraper;
+use ripstop_controlplane::health::server::{self, HealthFlags};
+use ripstop_controlplane::health::watch::Watcher;
 use ripstop_controlplane::interface::Selection;
 use ripstop_controlplane::lease::file::FileSource;
 use ripstop_controlplane::lease::kube::annotations::{DEFAULT_PREFIX, Prefix};
-use ripstop_controlplane::lease::kube::{self, KubeSource};
+use ripstop_controlplane::lease::kube::{self, KubeSource, events};
 use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
 use ripstop_controlplane::logs::LogFlags;
 use ripstop_controlplane::netconf::{Backend, NetConf};
@@ -110,6 +114,8 @@ struct Flags {
     /// Keep a route that refuses what is for no pod of this node
     #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set)]
     ip_blackhole_route: bool,
+    #[command(flatten)]
+    health: HealthFlags,
     #[command(flatten)]
     logs: LogFlags,
 }
@@ -223,6 +229,12 @@ fn environment(name: &str) -> Option<String> {
 fn run(flags: Flags) -> anyhow::Result<()> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::take_over().context("take over SIGTERM and SIGINT")?;
+    let health = Arc::new(Health::new().context("prepare metrics")?);
+    // Before anything that may have to be waited for.
+    if let Some(listener) = server::listen(&flags.health)? {
+        let scraper = Scraper::new(&flags.run_dir, Some(Arc::clone(&health)));
+        server::start(listener, Arc::clone(&health), scraper)?;
+    }
     let conf = NetConf::load(&flags.net_config_path)?;
     let kube = match flags.kube_subnet_mgr {
         true => Some(Kube::new(&flags)?),
@@ -250,6 +262,8 @@ fn run(flags: Flags) -> anyhow::Result<()> {
     let ready = Arc::new(AtomicBool::new(false));
     let source: Box<dyn LeaseSource> = match kube {
         Some(kube) => {
+            let watcher = Watcher::new(flags.run_dir.clone(), Arc::clone(&health));
+            events::start(kube.config.clone(), &node, watcher, Arc::clone(&health))?;
             let settings = kube::Settings {
                 node: node.clone(),
                 conf: conf.clone(),
@@ -296,6 +310,7 @@ fn run(flags: Flags) -> anyhow::Result<()> {
         lease_source: source.describe(),
         subnet_file,
         ready,
+        health,
     })?;
     tracing::info!(node, leases = source.describe(), "control plane started");
     let wake = Arc::new(Wake::new()?);

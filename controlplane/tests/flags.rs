@@ -129,3 +129,32 @@ fn logs_are_as_the_flags_say() {
     assert!(text.contains("[possible values: text, json]"), "{text}");
     assert_eq!(status, Some(2));
 }
+
+#[test]
+fn a_health_address_that_cannot_be_had_ends_with_1_and_says_what_to_do() {
+    // Somebody has the port.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = format!("--healthz-port={}", taken.local_addr().unwrap().port());
+    for (args, words) in [
+        (
+            &["--healthz-ip=nowhere", "--healthz-port=8081"][..],
+            &["--healthz-ip \"nowhere\"", "0.0.0.0"][..],
+        ),
+        (
+            &["--healthz-ip=192.0.2.1", "--healthz-port=8081"],
+            &["192.0.2.1:8081", "no such address"],
+        ),
+        (
+            &["--healthz-ip=127.0.0.1", &port],
+            &["another program has the port", "--healthz-port"],
+        ),
+    ] {
+        let (text, status) = refused(args, &[]);
+        for word in words {
+            assert!(text.contains(word), "{word:?} is not in {text}");
+        }
+        assert_eq!(status, Some(1), "{text}");
+    }
+    let (_, status) = refused(&["--healthz-port=-1"], &[]);
+    assert_eq!(status, Some(2));
+}
