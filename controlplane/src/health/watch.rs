@@ -16,7 +16,7 @@ use super::Health;
 use crate::publish::DataPlane;
 use crate::report::{self, Sample};
 
-/// So many packets from unknown sources within [`WINDOW`] are a burst: a stale table costs a few, a scan or a node that
+/// So many packets from unknown sources within ten seconds are a burst: a stale table costs a few, a scan or a node that
 /// was forgotten costs more.
 pub const BURST: u64 = 1000;
 const WINDOW: Duration = Duration::from_secs(10);
