@@ -3,6 +3,7 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use core::sync::atomic::AtomicBool;
 use core::time::Duration;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,17 +14,21 @@ use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser};
 use ipnet::IpNet;
 use ripstop_controlplane::conflist::ConflistFlags;
 use ripstop_controlplane::family::PerFamily;
+use ripstop_controlplane::health::Health;
+use ripstop_controlplane::health::metrics::Scraper;
+use ripstop_controlplane::health::server::{self, HealthFlags};
+use ripstop_controlplane::health::watch::Watcher;
 use ripstop_controlplane::interface::{Pattern, Selection};
 use ripstop_controlplane::lease::file::FileSource;
 use ripstop_controlplane::lease::kube::annotations::{DEFAULT_PREFIX, Prefix};
-use ripstop_controlplane::lease::kube::{self, KubeSource};
+use ripstop_controlplane::lease::kube::{self, KubeSource, events};
 use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
+use ripstop_controlplane::logs::LogFlags;
 use ripstop_controlplane::netconf::{Backend, NetConf};
 use ripstop_controlplane::reconcile::{Reconciler, Settings};
 use ripstop_controlplane::sys::{Signals, Wake, hostname};
 use ripstop_controlplane::traffic::{self, Mode};
 use ripstop_controlplane::{DEFAULT_RUN_DIR, detour, explained, goflags};
-use tracing_subscriber::EnvFilter;
 
 /// How long to ask which node this pod is on; then the kubelet starts us anew.
 const POD_PATIENCE: Duration = Duration::from_secs(10);
@@ -118,9 +123,10 @@ struct Flags {
     ip_blackhole_route: bool,
     #[command(flatten)]
     conflist: ConflistFlags,
-    /// error, warn, info, debug, trace, or a filter as tracing-subscriber takes it
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
-    log_level: EnvFilter,
+    #[command(flatten)]
+    health: HealthFlags,
+    #[command(flatten)]
+    logs: LogFlags,
 }
 
 /// A flag with a value, so that its environment variable can say either.
@@ -157,15 +163,15 @@ fn flags() -> Result<(Flags, Vec<String>), clap::Error> {
 fn main() -> ExitCode {
     let (flags, unused) = match flags() {
         Ok(flags) => flags,
+        // As flannel does.
+        Err(error) if error.kind() == ErrorKind::DisplayVersion => {
+            let _nobody_reads = write!(std::io::stderr(), "{error}");
+            return ExitCode::SUCCESS;
+        }
         // Help goes to stdout and ends with 0, errors to stderr and with 2.
         Err(error) => error.exit(),
     };
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .with_env_filter(flags.log_level.clone())
-        .init();
+    flags.logs.start();
     for problem in unused {
         tracing::warn!("{problem}");
     }
@@ -229,6 +235,12 @@ fn environment(name: &str) -> Option<String> {
 fn run(flags: Flags) -> anyhow::Result<()> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::take_over().context("take over SIGTERM and SIGINT")?;
+    let health = Arc::new(Health::new().context("prepare metrics")?);
+    // Before anything that may have to be waited for.
+    if let Some(listener) = server::listen(&flags.health)? {
+        let scraper = Scraper::new(&flags.run_dir, Some(Arc::clone(&health)));
+        server::start(listener, Arc::clone(&health), scraper)?;
+    }
     let conf = NetConf::load(&flags.net_config_path)?;
     let kube = match flags.kube_subnet_mgr {
         true => Some(Kube::new(&flags)?),
@@ -258,6 +270,8 @@ fn run(flags: Flags) -> anyhow::Result<()> {
     let ready = Arc::new(AtomicBool::new(false));
     let source: Box<dyn LeaseSource> = match kube {
         Some(kube) => {
+            let watcher = Watcher::new(flags.run_dir.clone(), Arc::clone(&health));
+            events::start(kube.config.clone(), &node, watcher, Arc::clone(&health))?;
             let settings = kube::Settings {
                 node: node.clone(),
                 conf: conf.clone(),
@@ -305,6 +319,7 @@ fn run(flags: Flags) -> anyhow::Result<()> {
         subnet_file,
         conflist: flags.conflist,
         ready,
+        health,
     })?;
     tracing::info!(node, leases = source.describe(), "control plane started");
     let wake = Arc::new(Wake::new()?);

@@ -33,4 +33,12 @@ impl Problems {
     pub fn list(&self) -> Vec<String> {
         self.standing.values().cloned().collect()
     }
+
+    /// All of them, with the parts.
+    pub fn with_parts(&self) -> Vec<(&'static str, String)> {
+        let standing = self.standing.iter();
+        standing
+            .map(|(part, problem)| (*part, problem.clone()))
+            .collect()
+    }
 }

@@ -532,6 +532,7 @@ fn identity(
             (AttachedMode::Native, af_xdp::ModeInUse::ZeroCopy) => Mode::ZeroCopy,
             (AttachedMode::Native, af_xdp::ModeInUse::Copy) => Mode::Copy,
         },
+        wants_zero_copy: matches!(config.mode, config::Mode::Auto | config::Mode::ZeroCopy),
         polling: match config.polling {
             config::Polling::Busy => Polling::Busy,
             config::Polling::Adaptive => Polling::Adaptive,

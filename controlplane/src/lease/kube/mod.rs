@@ -14,6 +14,7 @@
 
 pub mod annotations;
 mod api;
+pub mod events;
 pub mod node;
 pub mod view;
 
@@ -202,11 +203,10 @@ impl KubeSource {
             Arc::new(settings.prefix.clone()),
             settings.node.as_str().into(),
         );
-        let api = Api::new(self.config, prefix, own, settings.silent)
+        let api = Api::new(self.config.clone(), prefix, own, settings.silent)
             .map_err(|error| KubeError::Client(Box::new(error)))?;
         let (out, mut news) = mpsc::channel(BACKLOG);
-        tokio::spawn(api.clone().follow(out.clone()));
-        let mut keeper = Keeper::new(settings, api, out);
+        let mut keeper = Keeper::new(self.config, settings, api, out);
         let mut listening = true;
         while listening {
             let mut seen = Instant::now();
@@ -249,8 +249,12 @@ enum Write {
 
 /// What is known, what was told, and what is being written.
 struct Keeper {
+    config: Config,
     settings: Settings,
     api: Api,
+    follower: tokio::task::JoinHandle<()>,
+    /// Our public IPs since the client was made.
+    connected_from: PerFamily<Option<IpAddr>>,
     out: mpsc::Sender<News>,
     netlink: Option<Netlink>,
     /// All nodes; none before the first list.
@@ -274,9 +278,12 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn new(settings: Settings, api: Api, out: mpsc::Sender<News>) -> Self {
+    fn new(config: Config, settings: Settings, api: Api, out: mpsc::Sender<News>) -> Self {
         Self {
+            config,
             settings,
+            follower: tokio::spawn(api.clone().follow(out.clone())),
+            connected_from: PerFamily::default(),
             api,
             out,
             netlink: None,
@@ -336,6 +343,7 @@ impl Keeper {
             match self.find_own() {
                 Ok(own) => {
                     self.own_problem = None;
+                    self.connect_from(&own);
                     if core::mem::take(&mut self.changed) || own != self.own {
                         self.own = own;
                         listening = self.tell_set(sink, seen);
@@ -352,6 +360,29 @@ impl Keeper {
             }
         }
         listening && self.tell_problem(sink)
+    }
+
+    /// Connections from an address that is not ours any more hear nothing until they lose patience: new ones are made.
+    fn connect_from(&mut self, own: &PerFamily<Option<Lease>>) {
+        let mut from = PerFamily::default();
+        for (family, lease) in own.iter() {
+            *from.get_mut(family) = lease.as_ref().map(|lease| lease.public_ip);
+        }
+        let before = core::mem::replace(&mut self.connected_from, from);
+        if before == from || before == PerFamily::default() {
+            return;
+        }
+        let prefix = Arc::new(self.settings.prefix.clone());
+        let (own, silent) = (self.settings.node.as_str().into(), self.settings.silent);
+        // What made a client at the start makes one again; if not, the old one loses its patience.
+        let Ok(api) = Api::new(self.config.clone(), prefix, own, silent) else {
+            return;
+        };
+        tracing::info!("own address changed: connecting to the API server anew");
+        self.follower.abort();
+        self.follower = tokio::spawn(api.clone().follow(self.out.clone()));
+        self.api = api;
+        self.writing = None;
     }
 
     fn own_node(&self) -> Result<&Node, String> {
