@@ -3,6 +3,7 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use core::sync::atomic::AtomicBool;
 use core::time::Duration;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,18 +12,23 @@ use anyhow::Context as _;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser};
 use ipnet::IpNet;
+use ripstop_controlplane::conflist::ConflistFlags;
 use ripstop_controlplane::family::PerFamily;
+use ripstop_controlplane::health::Health;
+use ripstop_controlplane::health::metrics::Scraper;
+use ripstop_controlplane::health::server::{self, HealthFlags};
+use ripstop_controlplane::health::watch::Watcher;
 use ripstop_controlplane::interface::{Pattern, Selection};
 use ripstop_controlplane::lease::file::FileSource;
 use ripstop_controlplane::lease::kube::annotations::{DEFAULT_PREFIX, Prefix};
-use ripstop_controlplane::lease::kube::{self, KubeSource};
+use ripstop_controlplane::lease::kube::{self, KubeSource, events};
 use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
+use ripstop_controlplane::logs::LogFlags;
 use ripstop_controlplane::netconf::{Backend, NetConf};
 use ripstop_controlplane::reconcile::{Reconciler, Settings};
 use ripstop_controlplane::sys::{Signals, Wake, hostname};
 use ripstop_controlplane::traffic::{self, Mode};
 use ripstop_controlplane::{DEFAULT_RUN_DIR, detour, explained, goflags};
-use tracing_subscriber::EnvFilter;
 
 /// How long to ask which node this pod is on; then the kubelet starts us anew.
 const POD_PATIENCE: Duration = Duration::from_secs(10);
@@ -115,9 +121,12 @@ struct Flags {
     /// Keep a route that refuses what is for no pod of this node
     #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set)]
     ip_blackhole_route: bool,
-    /// error, warn, info, debug, trace, or a filter as tracing-subscriber takes it
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
-    log_level: EnvFilter,
+    #[command(flatten)]
+    conflist: ConflistFlags,
+    #[command(flatten)]
+    health: HealthFlags,
+    #[command(flatten)]
+    logs: LogFlags,
 }
 
 /// A flag with a value, so that its environment variable can say either.
@@ -154,15 +163,15 @@ fn flags() -> Result<(Flags, Vec<String>), clap::Error> {
 fn main() -> ExitCode {
     let (flags, unused) = match flags() {
         Ok(flags) => flags,
+        // As flannel does.
+        Err(error) if error.kind() == ErrorKind::DisplayVersion => {
+            let _nobody_reads = write!(std::io::stderr(), "{error}");
+            return ExitCode::SUCCESS;
+        }
         // Help goes to stdout and ends with 0, errors to stderr and with 2.
         Err(error) => error.exit(),
     };
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .with_env_filter(flags.log_level.clone())
-        .init();
+    flags.logs.start();
     for problem in unused {
         tracing::warn!("{problem}");
     }
@@ -226,6 +235,12 @@ fn environment(name: &str) -> Option<String> {
 fn run(flags: Flags) -> anyhow::Result<()> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::take_over().context("take over SIGTERM and SIGINT")?;
+    let health = Arc::new(Health::new().context("prepare metrics")?);
+    // Before anything that may have to be waited for.
+    if let Some(listener) = server::listen(&flags.health)? {
+        let scraper = Scraper::new(&flags.run_dir, Some(Arc::clone(&health)));
+        server::start(listener, Arc::clone(&health), scraper)?;
+    }
     let conf = NetConf::load(&flags.net_config_path)?;
     let kube = match flags.kube_subnet_mgr {
         true => Some(Kube::new(&flags)?),
@@ -255,6 +270,8 @@ fn run(flags: Flags) -> anyhow::Result<()> {
     let ready = Arc::new(AtomicBool::new(false));
     let source: Box<dyn LeaseSource> = match kube {
         Some(kube) => {
+            let watcher = Watcher::new(flags.run_dir.clone(), Arc::clone(&health));
+            events::start(kube.config.clone(), &node, watcher, Arc::clone(&health))?;
             let settings = kube::Settings {
                 node: node.clone(),
                 conf: conf.clone(),
@@ -300,7 +317,9 @@ fn run(flags: Flags) -> anyhow::Result<()> {
         guard: flags.guard == Switch::On,
         lease_source: source.describe(),
         subnet_file,
+        conflist: flags.conflist,
         ready,
+        health,
     })?;
     tracing::info!(node, leases = source.describe(), "control plane started");
     let wake = Arc::new(Wake::new()?);

@@ -14,6 +14,7 @@
 
 pub mod annotations;
 mod api;
+pub mod events;
 pub mod node;
 pub mod view;
 
