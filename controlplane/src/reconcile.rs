@@ -67,6 +67,9 @@ const COALESCE: Duration = Duration::from_millis(2);
 const RECHECK_UNRESOLVED: Duration = Duration::from_millis(500);
 /// Everything is looked at this often, in case an announcement was lost.
 const RECHECK_ALL: Duration = Duration::from_secs(5);
+/// How long a control plane that was told to stop looks whether the data plane stops too, and how often.
+const PARTING: Duration = Duration::from_millis(500);
+const PARTING_TICK: Duration = Duration::from_millis(10);
 /// The first wait after a failure, doubled with each further one.
 const BACKOFF_FIRST: Duration = Duration::from_millis(250);
 const BACKOFF_MAX: Duration = Duration::from_secs(8);
@@ -413,7 +416,7 @@ impl Reconciler {
         })
     }
 
-    /// Runs until a signal arrives. Everything stays in place then.
+    /// Runs until a signal arrives. Everything stays in place then, but for the detour if the workers stop as well.
     pub fn run(&mut self, leases: &Receiver<LeaseEvent>, wake: &Wake, signals: &Signals) {
         while !signals.arrived() {
             self.round(Instant::now());
@@ -427,6 +430,18 @@ impl Reconciler {
                 self.take_leases(event);
             }
             self.take_announcements();
+        }
+        self.part();
+    }
+
+    /// When their pod goes, both processes are told to stop at once. The data plane leaves time to withdraw the routes to it,
+    /// without which the kernel drops packets for some milliseconds, so somebody has to be there to do it.
+    fn part(&mut self) {
+        let told = Instant::now();
+        while self.detour_active && told.elapsed() < PARTING {
+            std::thread::sleep(PARTING_TICK);
+            self.take_announcements();
+            self.round(Instant::now());
         }
     }
 

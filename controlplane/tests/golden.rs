@@ -362,10 +362,10 @@ fn is_as_recorded(recorded: &Recorded) {
             if actual == wanted {
                 return;
             }
-            if start.elapsed() > std::time::Duration::from_secs(30) {
+            if start.elapsed() > core::time::Duration::from_secs(30) {
                 assert_eq!(actual, wanted, "{what} with {}", recorded.net_conf);
             }
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            std::thread::sleep(core::time::Duration::from_millis(50));
         }
     };
     let wanted = annotations(recorded.annotations[0]);

@@ -12,10 +12,6 @@
     clippy::panic_in_result_fn,
     reason = "a test asserts; what only has to work goes through `?`"
 )]
-#![expect(
-    clippy::print_stdout,
-    reason = "what an operator is told is worth reading"
-)]
 
 #[expect(dead_code, reason = "it is made for more tests than this one")]
 #[path = "../../controlplane/tests/common/api.rs"]

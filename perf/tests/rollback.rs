@@ -29,7 +29,8 @@ use std::thread::sleep;
 use anyhow::{Context as _, Result, bail, ensure};
 use api::Api;
 use ripstop_perf::{
-    Families, Family, Host, Lab, Mark, Node, TrafficGroup, UdpFlow, address, wait_until,
+    DETOUR_TABLE, Families, Family, Host, Lab, Mark, Node, TrafficGroup, UdpFlow, address,
+    wait_until,
 };
 use serde_json::{Value, json};
 
@@ -437,7 +438,9 @@ fn there_and_back(families: Families) -> Result<()> {
 
             let held = node.held_max()?;
             let lost = step(&traffic, &format!("both end by {name}"), || {
+                // Whoever stops a pod tells one of its containers first.
                 node.signal_controlplane(signal)?;
+                sleep(Duration::from_millis(50));
                 node.signal_dataplane(signal)?;
                 wait_until("both have ended", PATIENCE, || {
                     !node.controlplane_is_running() && !node.dataplane_is_running()
@@ -445,6 +448,11 @@ fn there_and_back(families: Families) -> Result<()> {
             })?;
             if signal == libc::SIGTERM {
                 assert_eq!(lost, 0, "by {name}");
+                let rules = [run(node, "ip -4 rule")?, run(node, "ip -6 rule")?].concat();
+                assert!(
+                    !rules.contains(DETOUR_TABLE),
+                    "the detour is withdrawn: {rules}"
+                );
             } else {
                 // What was in its rings goes with a data plane that is killed.
                 assert!(lost <= held, "{lost} lost, {held} held");
