@@ -21,6 +21,7 @@ pub mod goflags;
 pub mod guard;
 pub mod health;
 pub mod interface;
+mod keeper;
 pub mod lease;
 pub mod logs;
 pub mod mac;

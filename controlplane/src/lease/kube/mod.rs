@@ -41,9 +41,8 @@ use crate::family::{Family, PerFamily};
 use crate::interface::{self, InterfaceError, Selection};
 use crate::mac::Mac;
 use crate::netconf::NetConf;
-use crate::netlink::message::RouteFilter;
 use crate::netlink::{Netlink, NetlinkError};
-use crate::standby::{TABLE_MAIN, device_name};
+use crate::standby::device_name;
 
 /// How often the kernel is asked for our addresses.
 const LOOK: Duration = Duration::from_secs(1);
@@ -417,23 +416,7 @@ impl Keeper {
     ) -> Result<Result<PerFamily<Option<IpAddr>>, InterfaceError>, NetlinkError> {
         let netlink = self.netlink()?;
         let (links, addresses) = (netlink.links()?, netlink.addresses()?);
-        let view = interface::View {
-            links: &links,
-            addresses: &addresses,
-            routes: &[],
-        };
-        let chosen = match interface::select(selection, view) {
-            // The main table is large; it is read only when nothing else decides.
-            Err(InterfaceError::NoDefault { .. } | InterfaceError::DefaultsDiffer { .. }) => {
-                let mut routes = Vec::new();
-                for family in Family::ALL {
-                    routes.extend(netlink.routes(RouteFilter::table(family, TABLE_MAIN))?);
-                }
-                let routes = &routes;
-                interface::select(selection, interface::View { routes, ..view })
-            }
-            other => other,
-        };
+        let chosen = interface::look(netlink, selection, &links, &addresses)?;
         Ok(chosen.map(|underlay| underlay.addresses))
     }
 
