@@ -1,0 +1,77 @@
+//! What a source asks the kernel: which addresses are ours, and which MAC address our tunnel device has.
+
+use core::net::IpAddr;
+
+use crate::family::{Family, PerFamily};
+use crate::interface::{self, InterfaceError, Selection};
+use crate::mac::Mac;
+use crate::netconf::Backend;
+use crate::netlink::message::RouteFilter;
+use crate::netlink::{Netlink, NetlinkError};
+use crate::standby::{TABLE_MAIN, device_name};
+
+/// The kernel, in the network namespace of the thread that asks first.
+#[derive(Default)]
+pub(super) struct Kernel {
+    netlink: Option<Netlink>,
+}
+
+impl Kernel {
+    fn netlink(&mut self) -> Result<&mut Netlink, NetlinkError> {
+        match &mut self.netlink {
+            Some(netlink) => Ok(netlink),
+            none => Ok(none.insert(Netlink::open()?)),
+        }
+    }
+
+    /// The addresses of the interface that the loop will choose too.
+    pub(super) fn addresses(
+        &mut self,
+        selection: &Selection,
+    ) -> Result<Result<PerFamily<Option<IpAddr>>, InterfaceError>, NetlinkError> {
+        let netlink = self.netlink()?;
+        let (links, addresses) = (netlink.links()?, netlink.addresses()?);
+        let view = interface::View {
+            links: &links,
+            addresses: &addresses,
+            routes: &[],
+        };
+        let chosen = match interface::select(selection, view) {
+            // The main table is large; it is read only when nothing else decides.
+            Err(InterfaceError::NoDefault { .. } | InterfaceError::DefaultsDiffer { .. }) => {
+                let mut routes = Vec::new();
+                for family in Family::ALL {
+                    routes.extend(netlink.routes(RouteFilter::table(family, TABLE_MAIN))?);
+                }
+                let routes = &routes;
+                interface::select(selection, interface::View { routes, ..view })
+            }
+            other => other,
+        };
+        Ok(chosen.map(|underlay| underlay.addresses))
+    }
+
+    /// The MAC address of the backend's device, if there is one that is fit for a tunnel end point.
+    pub(super) fn device_mac(
+        &mut self,
+        backend: Backend,
+        family: Family,
+    ) -> Result<Option<Mac>, NetlinkError> {
+        let name = device_name(backend, family);
+        let links = self.netlink()?.links()?;
+        let device = links.iter().find(|link| Some(&link.name) == name.as_ref());
+        Ok(device.and_then(|link| {
+            link.mac
+                .filter(|mac| super::vtep_mac_problem(*mac).is_none())
+        }))
+    }
+
+    /// All our addresses.
+    pub(super) fn all_addresses(&mut self) -> Result<Vec<IpAddr>, NetlinkError> {
+        let addresses = self.netlink()?.addresses()?;
+        Ok(addresses
+            .into_iter()
+            .map(|address| address.net.addr())
+            .collect())
+    }
+}
