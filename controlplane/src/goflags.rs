@@ -3,7 +3,7 @@
 //! Arguments are rewritten into the one form that clap takes (`--name=value`), which needs only the names of the flags
 //! and which of them are switches; clap has both. One or two dashes are the same; a switch takes its value behind `=`
 //! only; the last of several values counts, but for lists; the first argument that is no flag ends the flags, and what
-//! follows is ignored.
+//! follows is ignored. An empty value leaves a flag at its default, as Go's text flags are empty by default.
 
 use std::ffi::OsString;
 
@@ -132,6 +132,12 @@ pub fn add_environment(
     problems
 }
 
+/// Takes away the flags whose value is empty, once variables can no longer take their place.
+pub fn drop_empty(args: &mut Vec<OsString>) {
+    let empty = |arg: &OsString| matches!(arg.to_str()?.split_once('=')?, (_, "")).then_some(());
+    args.retain(|arg| empty(arg).is_none());
+}
+
 /// The flags of a command line, in order. Without a value: a switch that is on.
 struct Given {
     program: OsString,
@@ -249,6 +255,17 @@ mod tests {
         ] {
             assert_eq!(rewritten(given).unwrap(), expected, "{given:?}");
         }
+    }
+
+    #[test]
+    fn an_empty_value_is_given_and_is_the_default() {
+        let mut args: Vec<OsString> = ["flanneld", "--public-ip=", "--iface=a="]
+            .map(Into::into)
+            .into();
+        let variable = |key: &str| (key == "FLANNELD_PUBLIC_IP").then(|| "9.9.9.9".to_owned());
+        assert_eq!(add_environment(&command(), &mut args, variable), [""; 0]);
+        drop_empty(&mut args);
+        assert_eq!(args, ["flanneld", "--iface=a="]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use core::sync::atomic::AtomicBool;
 use core::time::Duration;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser};
 use ipnet::IpNet;
 use ripstop_controlplane::family::PerFamily;
-use ripstop_controlplane::interface::Selection;
+use ripstop_controlplane::interface::{Pattern, Selection};
 use ripstop_controlplane::lease::file::FileSource;
 use ripstop_controlplane::lease::kube::annotations::{DEFAULT_PREFIX, Prefix};
 use ripstop_controlplane::lease::kube::{self, KubeSource};
@@ -47,6 +47,12 @@ struct Flags {
     /// Interface, or its address, for traffic between nodes; the first that exists is used
     #[arg(long, value_name = "NAME|IP")]
     iface: Vec<String>,
+    /// Regular expression for an address of the interface, or its name; looked at after --iface
+    #[arg(long, value_name = "REGEX")]
+    iface_regex: Vec<Pattern>,
+    /// The interface is the one by which this address is reached; looked at last
+    #[arg(long, value_name = "IP")]
+    iface_can_reach: Option<IpAddr>,
     /// Address that other nodes reach this one by
     #[arg(long, value_name = "IP")]
     public_ip: Option<Ipv4Addr>,
@@ -61,7 +67,7 @@ struct Flags {
     kube_api_url: Option<String>,
     /// Kubeconfig with the API server and credentials [default: the pod's service account]
     #[arg(long, value_name = "FILE")]
-    kubeconfig_file: Option<String>,
+    kubeconfig_file: Option<PathBuf>,
     /// What the names of the nodes' annotations begin with
     #[arg(long, value_name = "PREFIX", default_value = DEFAULT_PREFIX)]
     kube_annotation_prefix: String,
@@ -140,6 +146,7 @@ fn flags() -> Result<(Flags, Vec<String>), clap::Error> {
         .map_err(|error| command.error(ErrorKind::InvalidValue, error))?;
     let variable = |key: &str| std::env::var(key).ok();
     let problems = goflags::add_environment(&command, &mut args, variable);
+    goflags::drop_empty(&mut args);
     let matches = command.try_get_matches_from_mut(args)?;
     Ok((Flags::from_arg_matches(&matches)?, problems))
 }
@@ -190,13 +197,9 @@ impl Kube {
                 "CONT_WHEN_CACHE_NOT_READY is not used: the API server is waited for without an end"
             );
         }
-        let url = flags.kube_api_url.as_deref().filter(|url| !url.is_empty());
-        let file = flags
-            .kubeconfig_file
-            .as_deref()
-            .filter(|file| !file.is_empty());
-        let config =
-            kube::config(url, file.map(Path::new)).context("Failed to create SubnetManager")?;
+        let url = flags.kube_api_url.as_deref();
+        let config = kube::config(url, flags.kubeconfig_file.as_deref())
+            .context("Failed to create SubnetManager")?;
         Ok(Self { config, prefix })
     }
 
@@ -236,6 +239,8 @@ fn run(flags: Flags) -> anyhow::Result<()> {
     };
     let mut selection = Selection {
         ifaces: flags.iface,
+        patterns: flags.iface_regex,
+        can_reach: flags.iface_can_reach,
         public_ips: PerFamily {
             v4: flags.public_ip.map(IpAddr::V4),
             v6: flags.public_ipv6.map(IpAddr::V6),

@@ -36,17 +36,17 @@ use crate::detour;
 use crate::family::{Family, PerFamily};
 use crate::fou::{self, Fou, FouError};
 use crate::guard::{self, Guard};
-use crate::interface::{self, InterfaceError, Selection, Underlay, View};
+use crate::interface::{self, InterfaceError, Selection, Underlay};
 use crate::lease::{Lease, LeaseEvent, LeaseSet};
 use crate::netconf::{Backend, Direct, NetConf};
-use crate::netlink::message::{self, Address, Link, RouteFilter};
+use crate::netlink::message::{self, Address, Link};
 use crate::netlink::monitor::{Dirty, Interests, Monitor};
 use crate::netlink::{Netlink, NetlinkError};
 use crate::nexthop::{NextHops, Query, Ways};
 use crate::problems::Problems;
 use crate::publish::{DataPlane, Fib, FibError, Published};
 use crate::rules::{Filter, FilterKeeper};
-use crate::standby::{self, StandbyError, TABLE_MAIN};
+use crate::standby::{self, StandbyError};
 use crate::state::{RulesState, State};
 use crate::subnet_file;
 use crate::sys::{Signals, Wake, wait_readable};
@@ -578,29 +578,7 @@ impl Reconciler {
             },
             ..self.settings.selection.clone()
         };
-        let view = View {
-            links: &self.links,
-            addresses: &addresses,
-            routes: &[],
-        };
-        let chosen = match interface::select(&selection, view) {
-            // The main table is large; it is read only when nothing else decides.
-            Err(InterfaceError::NoDefault { .. }) => {
-                let mut routes = Vec::new();
-                for family in Family::ALL {
-                    let filter = RouteFilter::table(family, TABLE_MAIN);
-                    routes.extend(self.netlink.routes(filter)?);
-                }
-                interface::select(
-                    &selection,
-                    View {
-                        routes: &routes,
-                        ..view
-                    },
-                )
-            }
-            other => other,
-        };
+        let chosen = interface::look(&mut self.netlink, &selection, &self.links, &addresses)?;
         // While an interface is down and without address the last choice stays: the standby device is bound to it.
         let chosen = chosen?;
         if self.underlay.as_ref() != Some(&chosen) {

@@ -6,9 +6,8 @@ use crate::family::{Family, PerFamily};
 use crate::interface::{self, InterfaceError, Selection};
 use crate::mac::Mac;
 use crate::netconf::Backend;
-use crate::netlink::message::RouteFilter;
 use crate::netlink::{Netlink, NetlinkError};
-use crate::standby::{TABLE_MAIN, device_name};
+use crate::standby::device_name;
 
 /// The kernel, in the network namespace of the thread that asks first.
 #[derive(Default)]
@@ -31,23 +30,7 @@ impl Kernel {
     ) -> Result<Result<PerFamily<Option<IpAddr>>, InterfaceError>, NetlinkError> {
         let netlink = self.netlink()?;
         let (links, addresses) = (netlink.links()?, netlink.addresses()?);
-        let view = interface::View {
-            links: &links,
-            addresses: &addresses,
-            routes: &[],
-        };
-        let chosen = match interface::select(selection, view) {
-            // The main table is large; it is read only when nothing else decides.
-            Err(InterfaceError::NoDefault { .. } | InterfaceError::DefaultsDiffer { .. }) => {
-                let mut routes = Vec::new();
-                for family in Family::ALL {
-                    routes.extend(netlink.routes(RouteFilter::table(family, TABLE_MAIN))?);
-                }
-                let routes = &routes;
-                interface::select(selection, interface::View { routes, ..view })
-            }
-            other => other,
-        };
+        let chosen = interface::look(netlink, selection, &links, &addresses)?;
         Ok(chosen.map(|underlay| underlay.addresses))
     }
 
