@@ -33,6 +33,10 @@ fn a_bad_flag_ends_with_2_and_names_itself() {
             &["-public-ip=here"],
             "invalid value 'here' for '--public-ip",
         ),
+        (
+            &["-subnet-lease-renew-margin=1440"],
+            "Invalid subnet-lease-renew-margin option, out of acceptable range",
+        ),
     ] {
         let (text, status) = refused(args, &[]);
         assert!(text.contains(message), "{args:?}: {text}");
@@ -54,7 +58,10 @@ fn one_dash_two_dashes_and_variables_say_the_same() {
             "-nonsense",
         ],
     ] {
-        let variables = [("FLANNELD_NET_CONFIG_PATH", "/nowhere/variable")];
+        let variables = [
+            ("FLANNELD_NET_CONFIG_PATH", "/nowhere/variable"),
+            ("FLANNELD_LEASE_FILE", "/nowhere/leases"),
+        ];
         let (text, status) = refused(args, &variables);
         assert!(text.contains("/nowhere/given"), "{args:?}: {text}");
         assert_eq!(status, Some(1), "{args:?}");
@@ -62,6 +69,7 @@ fn one_dash_two_dashes_and_variables_say_the_same() {
     let variables = [
         ("FLANNELD_NET_CONFIG_PATH", "/nowhere/variable"),
         ("FLANNELD_PUBLIC_IP", "here"),
+        ("FLANNELD_LEASE_FILE", "/nowhere/leases"),
     ];
     let (text, status) = refused(&[], &variables);
     assert!(text.contains("/nowhere/variable"), "{text}");
@@ -79,5 +87,31 @@ fn help_and_version_are_no_errors() {
         assert!(output.status.success(), "{flag}");
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(text.contains("ripstop-controlplane"), "{flag}: {text}");
+    }
+}
+
+#[test]
+fn two_sources_of_leases_are_named_both() {
+    for (args, variables, named) in [
+        (
+            &["-kube-subnet-mgr", "-lease-file=/leases"][..],
+            &[][..],
+            ["--kube-subnet-mgr", "--lease-file"],
+        ),
+        (
+            &["--etcd-prefix", "/p", "-kube-subnet-mgr"],
+            &[],
+            ["--kube-subnet-mgr", "--etcd-prefix"],
+        ),
+        (
+            &["--lease-file=/leases"],
+            &[("FLANNELD_ETCD_ENDPOINTS", "http://10.0.0.1:2379")],
+            ["--lease-file", "--etcd-endpoints"],
+        ),
+    ] {
+        let (text, status) = refused(args, variables);
+        let names = named.iter().all(|name| text.contains(name));
+        assert!(names, "{args:?}: {text}");
+        assert_eq!(status, Some(2), "{args:?}");
     }
 }

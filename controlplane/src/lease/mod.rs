@@ -5,7 +5,7 @@
 
 mod backoff;
 mod claims;
-
+pub mod etcd;
 pub mod file;
 mod kernel;
 pub mod kube;
