@@ -14,6 +14,7 @@ use tokio::time::timeout;
 
 use super::annotations::Prefix;
 use super::node::{Node, Page, RawNode, read_page};
+use crate::lease::backoff::{Backoff, random};
 
 /// Nodes asked for at once, as flannel does.
 const PAGE: u32 = 500;
@@ -22,9 +23,6 @@ const ANSWER: Duration = Duration::from_secs(15);
 /// Size and number of the pieces in which a list is handed to its decoder.
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 2;
-/// The first and the longest wait between tries.
-const RETRY_FIRST: Duration = Duration::from_millis(200);
-const RETRY_MAX: Duration = Duration::from_secs(5);
 /// A watch that was good for this long, or told something, is no failure when it ends.
 const GOOD: Duration = Duration::from_secs(2);
 
@@ -84,39 +82,6 @@ impl ApiError {
     /// What was asked for is too long ago for the server to know.
     fn is_gone(&self) -> bool {
         matches!(self, Self::Refused { code: 410, .. })
-    }
-}
-
-/// Any number; good for spreading load and for addresses, not for secrets.
-pub(super) fn random() -> u64 {
-    use core::hash::{BuildHasher as _, Hasher as _};
-    std::hash::RandomState::new().build_hasher().finish()
-}
-
-/// Growing waits, spread so that a thousand nodes do not knock together.
-#[derive(Debug, Default)]
-pub(super) struct Backoff {
-    failures: u32,
-}
-
-impl Backoff {
-    pub(super) fn failures(&self) -> u32 {
-        self.failures
-    }
-
-    pub(super) fn reset(&mut self) {
-        self.failures = 0;
-    }
-
-    /// The wait after one more failure.
-    pub(super) fn next(&mut self) -> Duration {
-        let full = RETRY_FIRST
-            .saturating_mul(1 << self.failures.min(8))
-            .min(RETRY_MAX);
-        self.failures += 1;
-        let half = full / 2;
-        let spread = u64::try_from(half.as_micros()).unwrap_or(u64::MAX).max(1);
-        half + Duration::from_micros(random() % spread)
     }
 }
 

@@ -33,16 +33,17 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use self::annotations::{Key, Prefix};
-use self::api::{Api, ApiError, Backoff, News};
+use self::api::{Api, ApiError, News};
 use self::node::{NETWORK_UNAVAILABLE, Node};
 use self::view::{Own, View};
-use super::{Lease, LeaseEvent, LeaseSet, LeaseSink, LeaseSource};
+use super::backoff::{Backoff, random_mac};
+use super::kernel::Kernel;
+use super::{Lease, LeaseEvent, LeaseSet, LeaseSink, LeaseSource, name_skipped};
 use crate::family::{Family, PerFamily};
-use crate::interface::{self, InterfaceError, Selection};
+use crate::interface::Selection;
 use crate::mac::Mac;
 use crate::netconf::NetConf;
-use crate::netlink::{Netlink, NetlinkError};
-use crate::standby::device_name;
+use crate::netlink::NetlinkError;
 
 /// How often the kernel is asked for our addresses.
 const LOOK: Duration = Duration::from_secs(1);
@@ -54,8 +55,6 @@ const BACKLOG: usize = 256;
 const ECHO: Duration = Duration::from_secs(2);
 /// A server that cannot be reached in this time is tried again rather than waited for.
 const CONNECT: Duration = Duration::from_secs(5);
-/// Nodes that are named in one go; a whole cluster of another backend is not worth a line each.
-const NAMED_MAX: usize = 20;
 /// A watch that is silent for so long is given up for a new list: servers send bookmarks about once a minute.
 pub const SILENT: Duration = Duration::from_secs(150);
 
@@ -256,7 +255,7 @@ struct Keeper {
     /// Our public IPs since the client was made.
     connected_from: PerFamily<Option<IpAddr>>,
     out: mpsc::Sender<News>,
-    netlink: Option<Netlink>,
+    kernel: Kernel,
     /// All nodes; none before the first list.
     nodes: Option<BTreeMap<Arc<str>, Node>>,
     /// Something of it changed since the last look.
@@ -286,7 +285,7 @@ impl Keeper {
             connected_from: PerFamily::default(),
             api,
             out,
-            netlink: None,
+            kernel: Kernel::default(),
             nodes: None,
             changed: false,
             macs: PerFamily::default(),
@@ -399,7 +398,10 @@ impl Keeper {
         let subnets = view::own_subnets(&node, &self.settings.conf)?;
         let selection = self.selection(&node);
         let kernel = |error: &dyn core::fmt::Display| format!("our own public IP: {error}");
-        let addresses = self.addresses(&selection).map_err(|error| kernel(&error))?;
+        let addresses = self
+            .kernel
+            .addresses(&selection)
+            .map_err(|error| kernel(&error))?;
         let addresses = addresses.map_err(|error| kernel(&error))?;
         let mut own = PerFamily::default();
         for (family, subnet) in subnets.iter() {
@@ -432,36 +434,12 @@ impl Keeper {
         selection
     }
 
-    fn netlink(&mut self) -> Result<&mut Netlink, NetlinkError> {
-        match &mut self.netlink {
-            Some(netlink) => Ok(netlink),
-            none => Ok(none.insert(Netlink::open()?)),
-        }
-    }
-
-    /// The addresses of the interface that the loop will choose too.
-    fn addresses(
-        &mut self,
-        selection: &Selection,
-    ) -> Result<Result<PerFamily<Option<IpAddr>>, InterfaceError>, NetlinkError> {
-        let netlink = self.netlink()?;
-        let (links, addresses) = (netlink.links()?, netlink.addresses()?);
-        let chosen = interface::look(netlink, selection, &links, &addresses)?;
-        Ok(chosen.map(|underlay| underlay.addresses))
-    }
-
     /// Our VTEP MAC address, which peers know us by: the device's, else the one we had, else a new one. Chosen once.
     fn mac(&mut self, node: &Node, family: Family) -> Result<Mac, NetlinkError> {
         if let Some(mac) = *self.macs.get(family) {
             return Ok(mac);
         }
-        let name = device_name(self.settings.conf.backend, family);
-        let links = self.netlink()?.links()?;
-        let device = links.iter().find(|link| Some(&link.name) == name.as_ref());
-        let device = device.and_then(|link| {
-            link.mac
-                .filter(|mac| super::vtep_mac_problem(*mac).is_none())
-        });
+        let device = self.kernel.device_mac(self.settings.conf.backend, family)?;
         let stored = node
             .text(Key::backend_data(family))
             .and_then(|text| annotations::vtep_mac(text).ok());
@@ -505,7 +483,7 @@ impl Keeper {
             view = look(&own);
             self.own.clone_from(&own.leases);
         }
-        name_skipped(&mut self.named, &mut view.skipped);
+        name_skipped("node", &mut self.named, &mut view.skipped);
         if let Some(problem) = view.own_subnet_taken {
             self.own_problem = Some(problem);
             return true;
@@ -616,34 +594,6 @@ impl Keeper {
             .map(|(key, value)| (prefix.name(key), value))
             .collect()
     }
-}
-
-/// Names the nodes that have come to be skipped, or for another reason, once.
-fn name_skipped(named: &mut BTreeMap<Arc<str>, String>, skipped: &mut BTreeMap<Arc<str>, String>) {
-    let news = skipped
-        .iter()
-        .filter(|(node, reason)| named.get(*node) != Some(reason));
-    let count = news.clone().count();
-    for (node, reason) in news.take(NAMED_MAX) {
-        tracing::warn!("node {node:?} {reason}");
-    }
-    if count > NAMED_MAX {
-        tracing::warn!("and {} more nodes are skipped", count - NAMED_MAX);
-    }
-    for node in named
-        .keys()
-        .filter(|node| !skipped.contains_key(*node))
-        .take(NAMED_MAX)
-    {
-        tracing::info!("nothing stands against node {node:?}");
-    }
-    core::mem::swap(named, skipped);
-}
-
-/// A locally administered unicast address.
-fn random_mac() -> Mac {
-    let [a, b, c, d, e, f, ..] = api::random().to_ne_bytes();
-    Mac([a & 0xfe | 2, b, c, d, e, f])
 }
 
 /// Whether the condition says that the network is there.
