@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use ripstop_controlplane::family::PerFamily;
 use ripstop_controlplane::interface::Selection;
 use ripstop_controlplane::lease::file::FileSource;
+use ripstop_controlplane::lease::kept::Kept;
 use ripstop_controlplane::lease::kube::annotations::{DEFAULT_PREFIX, Prefix};
 use ripstop_controlplane::lease::kube::{self, KubeSource};
 use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
@@ -170,7 +171,7 @@ fn main() -> ExitCode {
 
 /// What `--kube-subnet-mgr` needs, checked.
 struct Kube {
-    config: ::kube::Config,
+    server: kube::Server,
     prefix: Prefix,
 }
 
@@ -195,9 +196,10 @@ impl Kube {
             .kubeconfig_file
             .as_deref()
             .filter(|file| !file.is_empty());
-        let config =
-            kube::config(url, file.map(Path::new)).context("Failed to create SubnetManager")?;
-        Ok(Self { config, prefix })
+        let server = kube::Server::new(url, file.map(Path::new))
+            .and_then(|server| server.load_blocking().map(|_config| server))
+            .context("Failed to create SubnetManager")?;
+        Ok(Self { server, prefix })
     }
 
     fn node_of_pod(&self) -> anyhow::Result<String> {
@@ -208,7 +210,7 @@ impl Kube {
             );
         };
         Ok(kube::node_of_pod(
-            self.config.clone(),
+            &self.server,
             &namespace,
             &pod,
             POD_PATIENCE,
@@ -258,10 +260,14 @@ fn run(flags: Flags) -> anyhow::Result<()> {
                 set_network_available: flags.set_node_network_unavailable,
                 ready: Arc::clone(&ready),
                 silent: kube::SILENT,
+                recheck: kube::RECHECK,
             };
             // Whether a public IP is the interface's is for the source to say, which knows the Node's word for it too.
             selection.public_ips = PerFamily::default();
-            Box::new(KubeSource::new(kube.config, settings))
+            let source =
+                KubeSource::new(kube.server, settings).context("Failed to create SubnetManager")?;
+            let (run_dir, node) = (&flags.run_dir, node.clone());
+            Box::new(Kept::new(Box::new(source), run_dir, node, conf.clone()))
         }
         None => Box::new(FileSource::new(
             flags.lease_file,

@@ -4,6 +4,7 @@
 //! what changed is always the difference of two sets, so a lost event can delay a change but not lose it.
 
 pub mod file;
+pub mod kept;
 pub mod kube;
 
 use core::net::IpAddr;
