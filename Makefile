@@ -7,9 +7,12 @@ FUZZ_SECONDS ?= 60
 
 # What building (first line) and running the lab (second line) takes on Debian 12 and 13.
 PACKAGES := gcc libc6-dev clang make pkg-config libelf-dev zlib1g-dev \
-            iproute2 ethtool nftables iptables iputils-ping procps util-linux containernetworking-plugins
+            iproute2 ethtool nftables iptables iputils-ping procps util-linux containernetworking-plugins \
+            python3-pip systemd
+# What building alone takes.
+BUILD_PACKAGES := $(wordlist 1,7,$(PACKAGES))
 
-.PHONY: help demo test test-vm test-vm-short bench lint deep setup root build fuzz loom miri mutations
+.PHONY: help demo test test-vm test-vm-short bench lint deep setup root build image-files tools fuzz loom miri mutations
 
 help:
 	@echo 'make demo    a cluster of four nodes in network namespaces, traffic, and a kill of each process'
@@ -19,6 +22,7 @@ help:
 	@echo 'make bench   what a packet costs, and what a table of 15,000 leases costs'
 	@echo 'make lint    format, lints and documents alone'
 	@echo 'make deep    Miri, loom, weakened orderings that must be caught, fuzzing (nightly toolchain)'
+	@echo 'make image-files  everything that goes into a container image, below target/image (configs/container)'
 	@echo 'make setup   installs the Debian packages that the others need; they call it themselves'
 
 root:
@@ -47,8 +51,29 @@ lint: setup
 	$(CARGO) clippy --package ripstop-perf --test 'vm_*' -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --quiet
 
+# What a container image holds, as it lies there. The CNI plugin and install-conf are static: they run on the host, whose C
+# library may be another one.
+HOST := $(shell rustc -vV | sed -n 's/^host: //p')
+BUILT := $(or $(CARGO_TARGET_DIR),target)
+IMAGE := target/image
+image-files: PACKAGES := $(BUILD_PACKAGES)
+image-files: setup
+	$(CARGO) build --release --package ripstop-dataplane --package ripstop-controlplane --bins
+	RUSTFLAGS='-C target-feature=+crt-static -C strip=symbols' \
+	    $(CARGO) build --release --package ripstop-cni --bins --target $(HOST)
+	rm -rf $(IMAGE)
+	install -D --strip --target-directory=$(IMAGE)/opt/bin \
+	    $(addprefix $(BUILT)/release/,ripstop ripstop-controlplane ripstop-dataplane)
+	install -D --target-directory=$(IMAGE)/opt/bin $(BUILT)/$(HOST)/release/install-conf
+	install -D --target-directory=$(IMAGE) $(BUILT)/$(HOST)/release/flannel
+	ln -s ripstop-controlplane $(IMAGE)/opt/bin/flanneld
+
+# helm and hadolint, which check the chart and the Dockerfile.
+tools: setup
+	configs/tools $(TOOLS)/bin
+
 # The lab starts the programs as processes, so they are built first.
-test: root lint build
+test: root lint build tools
 	$(CARGO) test --workspace
 
 # What else they need, QEMU and kernels, perf/vm/setup gets.

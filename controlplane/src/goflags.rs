@@ -3,7 +3,7 @@
 //! Arguments are rewritten into the one form that clap takes (`--name=value`), which needs only the names of the flags
 //! and which of them are switches; clap has both. One or two dashes are the same; a switch takes its value behind `=`
 //! only; the last of several values counts, but for lists; the first argument that is no flag ends the flags, and what
-//! follows is ignored.
+//! follows is ignored. An empty value leaves a flag at its default, as Go's text flags are empty by default.
 
 use std::ffi::OsString;
 
@@ -119,17 +119,51 @@ pub fn add_environment(
             Ok(()) => command
                 .clone()
                 .try_get_matches_from(alone.arguments())
-                .map_err(|error| error.kind().to_string()),
+                .map_err(|error| refusal(&error)),
+            Err(FlagError::Switch { .. }) => Err("neither true nor false".to_owned()),
             Err(error) => Err(error.to_string()),
         };
         match outcome {
             Ok(_) => args.extend(alone.arguments().into_iter().skip(1)),
             Err(reason) => problems.push(format!(
-                "{key}={value:?} is not used: {reason}; correct it or remove it"
+                "{key}={value:?} is not used: {reason}; --{name} takes {}: correct it or remove it",
+                form(flag)
             )),
         }
     }
     problems
+}
+
+/// Takes away the flags whose value is empty, once variables can no longer take their place.
+pub fn drop_empty(args: &mut Vec<OsString>) {
+    let empty = |arg: &OsString| matches!(arg.to_str()?.split_once('=')?, (_, "")).then_some(());
+    args.retain(|arg| empty(arg).is_none());
+}
+
+/// What is wrong with a value, without clap's words around it.
+fn refusal(error: &clap::Error) -> String {
+    let cause = core::error::Error::source(error).map(ToString::to_string);
+    cause.unwrap_or_else(|| "it is none of the values that there are".to_owned())
+}
+
+/// What a flag takes, as people read it.
+fn form(flag: &Arg) -> String {
+    let names: Vec<String> = match is_switch(flag) {
+        true => vec!["true".to_owned(), "false".to_owned()],
+        false => {
+            let values = flag.get_possible_values().into_iter();
+            values.map(|value| value.get_name().to_owned()).collect()
+        }
+    };
+    if !names.is_empty() {
+        return names.join(" or ");
+    }
+    let names = flag.get_value_names().unwrap_or_default().iter();
+    let name = names.map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    match flag.get_help() {
+        Some(help) => format!("{name} ({help})"),
+        None => name,
+    }
 }
 
 /// The flags of a command line, in order. Without a value: a switch that is on.
@@ -207,8 +241,15 @@ mod tests {
             .arg(Arg::new("iface").long("iface").action(ArgAction::Append))
             .arg(Arg::new("public-ip").long("public-ip"))
             .arg(
+                Arg::new("format")
+                    .long("format")
+                    .value_parser(["text", "json"]),
+            )
+            .arg(
                 Arg::new("resync")
                     .long("iptables-resync")
+                    .value_name("SECONDS")
+                    .help("How often")
                     .value_parser(clap::value_parser!(u32)),
             )
     }
@@ -252,6 +293,17 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_value_is_given_and_is_the_default() {
+        let mut args: Vec<OsString> = ["flanneld", "--public-ip=", "--iface=a="]
+            .map(Into::into)
+            .into();
+        let variable = |key: &str| (key == "FLANNELD_PUBLIC_IP").then(|| "9.9.9.9".to_owned());
+        assert_eq!(add_environment(&command(), &mut args, variable), [""; 0]);
+        drop_empty(&mut args);
+        assert_eq!(args, ["flanneld", "--iface=a="]);
+    }
+
+    #[test]
     fn what_go_refuses_is_refused_in_its_words() {
         for (given, expected) in [
             (
@@ -278,6 +330,7 @@ mod tests {
             "FLANNELD_PUBLIC_IP" => Some("9.9.9.9".to_owned()),
             "FLANNELD_IP_MASQ" => Some("maybe".to_owned()),
             "FLANNELD_IPTABLES_RESYNC" => Some("soon".to_owned()),
+            "FLANNELD_FORMAT" => Some("xml".to_owned()),
             "FLANNELD_ON" => Some("1".to_owned()),
             _ => None,
         };
@@ -288,16 +341,13 @@ mod tests {
             args,
             ["flanneld", "--public-ip=1.2.3.4", "--on", "--iface=eth7"]
         );
-        assert_eq!(problems.len(), 2, "{problems:?}");
-        assert!(
-            problems
-                .iter()
-                .any(|problem| problem.contains("FLANNELD_IP_MASQ=\"maybe\""))
-        );
-        assert!(
-            problems
-                .iter()
-                .any(|problem| problem.contains("FLANNELD_IPTABLES_RESYNC=\"soon\""))
+        assert_eq!(
+            problems,
+            [
+                "FLANNELD_IP_MASQ=\"maybe\" is not used: neither true nor false; --ip-masq takes true or false: correct it or remove it",
+                "FLANNELD_FORMAT=\"xml\" is not used: it is none of the values that there are; --format takes text or json: correct it or remove it",
+                "FLANNELD_IPTABLES_RESYNC=\"soon\" is not used: invalid digit found in string; --iptables-resync takes SECONDS (How often): correct it or remove it",
+            ]
         );
     }
 }

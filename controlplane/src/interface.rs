@@ -4,14 +4,20 @@
 //! It then says nothing about the interface, which is the default route's or `--iface`'s, and is an address there all
 //! the same; flannel would take `lo`, which can carry nothing.
 //!
-//! Pure: the choice is made from lists of links, addresses and routes, anew whenever one of them changes.
+//! [`select`] is pure: it chooses from lists of links, addresses and routes. [`look`] asks the kernel for what it needs;
+//! the question is put anew whenever one of them changes.
 
 use core::fmt;
 use core::net::IpAddr;
+use core::str::FromStr;
+
+use regex::Regex;
 
 use crate::family::{Family, PerFamily};
 use crate::mac::Mac;
-use crate::netlink::message::{Address, Link, Route};
+use crate::netlink::message::{Address, Link, Route, RouteFilter};
+use crate::netlink::{Netlink, NetlinkError};
+use crate::standby::TABLE_MAIN;
 
 /// The interface that tunnel packets leave by.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +39,10 @@ pub struct Underlay {
 pub struct Selection {
     /// `--iface` values, names or addresses, in order.
     pub ifaces: Vec<String>,
+    /// `--iface-regex` values, in order; they come after all `ifaces`.
+    pub patterns: Vec<Pattern>,
+    /// `--iface-can-reach`; it comes last.
+    pub can_reach: Option<IpAddr>,
     /// `--public-ip` and `--public-ipv6`.
     pub public_ips: PerFamily<Option<IpAddr>>,
     /// Public IPs in this node's own leases.
@@ -49,16 +59,50 @@ impl Selection {
             .into_iter()
             .filter(|&family| *self.families.get(family))
     }
+
+    /// The flags that name an interface, as they were written.
+    fn flags(&self) -> String {
+        let ifaces = self.ifaces.iter().map(|value| format!("--iface {value}"));
+        let patterns = self.patterns.iter();
+        let patterns = patterns.map(|value| format!("--iface-regex {value}"));
+        let can_reach = self.can_reach.iter();
+        let can_reach = can_reach.map(|value| format!("--iface-can-reach {value}"));
+        List(ifaces.chain(patterns).chain(can_reach).collect()).to_string()
+    }
+
+    fn has_flags(&self) -> bool {
+        !self.ifaces.is_empty() || !self.patterns.is_empty() || self.can_reach.is_some()
+    }
+}
+
+/// A regular expression that has to match somewhere in an address or a name, as Go's `regexp` takes it.
+#[derive(Debug, Clone)]
+pub struct Pattern(Regex);
+
+impl FromStr for Pattern {
+    type Err = regex::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Regex::new(text).map(Self)
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.as_str())
+    }
 }
 
 /// Why no interface can be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InterfaceError {
-    /// No `--iface` value names an interface or an address.
-    #[error("Failed to find interface to use that matches --iface {}: the interfaces are {present}", .wanted.join(", "))]
+    /// None of the flags that name one names an interface or an address that is there.
+    #[error(
+        "Failed to find interface to use that matches the interfaces and/or regexes provided: {wanted}: the interfaces are {present}"
+    )]
     NoMatch {
         /// What was asked for.
-        wanted: Vec<String>,
+        wanted: String,
         /// What is there.
         present: String,
     },
@@ -156,6 +200,8 @@ pub struct View<'a> {
     pub addresses: &'a [Address],
     /// Routes of the main table, both families.
     pub routes: &'a [Route],
+    /// The route to `--iface-can-reach`, if there is one: its interface, and our address there.
+    pub reaching: Option<(u32, Option<IpAddr>)>,
 }
 
 struct List<T>(Vec<T>);
@@ -177,12 +223,16 @@ impl<'a> View<'a> {
         self.links.iter().find(|link| link.name == name)
     }
 
+    fn by_index(&self, index: u32) -> Option<&'a Link> {
+        self.links.iter().find(|link| link.index == index)
+    }
+
     fn owner(&self, address: IpAddr) -> Option<&'a Link> {
         let owner = self
             .addresses
             .iter()
             .find(|candidate| candidate.net.addr() == address)?;
-        self.links.iter().find(|link| link.index == owner.link)
+        self.by_index(owner.link)
     }
 
     /// The address is the node's and belongs to no link.
@@ -196,7 +246,7 @@ impl<'a> View<'a> {
             let to_all = route.destination.prefix_len() == 0;
             to_all && Family::of_net(route.destination) == family && route.link != 0
         })?;
-        self.links.iter().find(|link| link.index == route.link)
+        self.by_index(route.link)
     }
 
     /// Flannel's order: global before link-local, permanent before not, stable before temporary; never deprecated,
@@ -277,47 +327,112 @@ fn by_default_route<'a>(
     Ok(found)
 }
 
+/// The interface that the flags name, with the addresses that they leave no choice of.
+fn by_flags<'a>(
+    view: &View<'a>,
+    selection: &Selection,
+) -> Option<(&'a Link, PerFamily<Option<IpAddr>>)> {
+    let one = |address: IpAddr| {
+        let mut fixed = PerFamily::default();
+        *fixed.get_mut(Family::of(address)) = Some(address);
+        fixed
+    };
+    let named = |wanted: &String| match wanted.parse::<IpAddr>() {
+        Ok(address) => view.owner(address).map(|link| (link, one(address))),
+        Err(_) => view
+            .by_name(wanted)
+            .map(|link| (link, PerFamily::default())),
+    };
+    // Every family that is on must have an address that matches.
+    let with_addresses = |pattern: &Pattern, link: &Link| {
+        let mut fixed = PerFamily::default();
+        for family in selection.families() {
+            let mut usable = view.usable_addresses(link.index, family).into_iter();
+            let found = usable.find(|address| pattern.0.is_match(&address.to_string()))?;
+            *fixed.get_mut(family) = Some(found);
+        }
+        Some(fixed)
+    };
+    let matching = |pattern: &Pattern| {
+        let links = || view.links.iter().filter(|link| !link.loopback);
+        let by_address = links().find_map(|link| Some((link, with_addresses(pattern, link)?)));
+        let by_name = || links().find(|link| pattern.0.is_match(&link.name));
+        by_address.or_else(|| by_name().map(|link| (link, PerFamily::default())))
+    };
+    let reaching = || {
+        let (index, source) = view.reaching?;
+        let fixed = source.map_or_else(PerFamily::default, one);
+        view.by_index(index).map(|link| (link, fixed))
+    };
+    let ifaces = selection.ifaces.iter().find_map(named);
+    ifaces
+        .or_else(|| selection.patterns.iter().find_map(matching))
+        .or_else(reaching)
+}
+
+/// Chooses by what the kernel says at this moment, and of it asks for no more than it takes.
+pub fn look(
+    netlink: &mut Netlink,
+    selection: &Selection,
+    links: &[Link],
+    addresses: &[Address],
+) -> Result<Result<Underlay, InterfaceError>, NetlinkError> {
+    let reaching = match selection.can_reach {
+        Some(address) => netlink.route_to(address)?,
+        None => None,
+    };
+    let view = View {
+        links,
+        addresses,
+        routes: &[],
+        reaching,
+    };
+    let chosen = select(selection, view);
+    // The main table is large; it is read only when nothing else decides.
+    if !matches!(chosen, Err(InterfaceError::NoDefault { .. })) {
+        return Ok(chosen);
+    }
+    let mut routes = Vec::new();
+    for family in Family::ALL {
+        routes.extend(netlink.routes(RouteFilter::table(family, TABLE_MAIN))?);
+    }
+    let routes = &routes;
+    Ok(select(selection, View { routes, ..view }))
+}
+
 /// Chooses the interface and the addresses.
 pub fn select(selection: &Selection, view: View<'_>) -> Result<Underlay, InterfaceError> {
     let mut fixed = PerFamily::default();
-    let link =
-        if !selection.ifaces.is_empty() {
-            let matching = |wanted: &String| match wanted.parse::<IpAddr>() {
-                Ok(address) => view.owner(address).map(|link| (link, Some(address))),
-                Err(_) => view.by_name(wanted).map(|link| (link, None)),
-            };
-            let (link, address) = selection.ifaces.iter().find_map(matching).ok_or_else(|| {
-                InterfaceError::NoMatch {
-                    wanted: selection.ifaces.clone(),
-                    present: view.names(),
-                }
+    let link = if selection.has_flags() {
+        let (link, addresses) =
+            by_flags(&view, selection).ok_or_else(|| InterfaceError::NoMatch {
+                wanted: selection.flags(),
+                present: view.names(),
             })?;
-            if let Some(address) = address {
-                *fixed.get_mut(Family::of(address)) = Some(address);
+        fixed = addresses;
+        link
+    } else if let Some(address) = selection.public_ips.v4.or(selection.public_ips.v6) {
+        fixed = selection.public_ips;
+        match common_owner(&view, selection, &selection.public_ips)? {
+            Some(owner) => owner,
+            None if view.is_on_loopback(address) => by_default_route(&view, selection)?
+                .ok_or(InterfaceError::NoDefault { lease_ip: None })?,
+            None => {
+                return Err(InterfaceError::NoOwner {
+                    address,
+                    present: view.names(),
+                });
             }
-            link
-        } else if let Some(address) = selection.public_ips.v4.or(selection.public_ips.v6) {
-            fixed = selection.public_ips;
-            match common_owner(&view, selection, &selection.public_ips)? {
-                Some(owner) => owner,
-                None if view.is_on_loopback(address) => by_default_route(&view, selection)?
-                    .ok_or(InterfaceError::NoDefault { lease_ip: None })?,
-                None => {
-                    return Err(InterfaceError::NoOwner {
-                        address,
-                        present: view.names(),
-                    });
-                }
-            }
-        } else {
-            // A lease that names an address of ours leaves no choice; flannel, which writes the lease itself, has none yet.
-            match common_owner(&view, selection, &selection.lease_ips)? {
-                Some(owner) => owner,
-                None => by_default_route(&view, selection)?.ok_or(InterfaceError::NoDefault {
-                    lease_ip: selection.lease_ips.v4.or(selection.lease_ips.v6),
-                })?,
-            }
-        };
+        }
+    } else {
+        // A lease that names an address of ours leaves no choice; flannel, which writes the lease itself, has none yet.
+        match common_owner(&view, selection, &selection.lease_ips)? {
+            Some(owner) => owner,
+            None => by_default_route(&view, selection)?.ok_or(InterfaceError::NoDefault {
+                lease_ip: selection.lease_ips.v4.or(selection.lease_ips.v6),
+            })?,
+        }
+    };
     let mut addresses = PerFamily::default();
     for family in selection.families() {
         let address = address_on(selection, &view, link, family, *fixed.get(family))?;
@@ -430,6 +545,8 @@ mod tests {
         };
         Selection {
             ifaces: ifaces.iter().map(|&name| name.to_owned()).collect(),
+            patterns: Vec::new(),
+            can_reach: None,
             public_ips: v4(public_ip),
             lease_ips: v4(lease_ip),
             families: PerFamily {
@@ -461,6 +578,7 @@ mod tests {
             links: &links,
             addresses: &addresses,
             routes: &routes,
+            reaching: None,
         };
         let cases = [
             (selection(&[], None, None), "eth1", "10.2.0.1"),
@@ -494,7 +612,7 @@ mod tests {
         let cases = [
             (
                 selection(&["nope", "10.9.9.9"], None, None),
-                "matches --iface nope, 10.9.9.9",
+                "provided: --iface nope, --iface 10.9.9.9: the interfaces are eth0, eth1",
             ),
             (selection(&[], Some("10.9.9.9"), None), "10.9.9.9"),
             (
@@ -523,6 +641,82 @@ mod tests {
     }
 
     #[test]
+    fn expressions_match_addresses_before_names() {
+        let links = [
+            link(1, "lo"),
+            link(2, "eth0"),
+            link(3, "eth1"),
+            link(4, "wan7"),
+        ];
+        let addresses = [
+            address(1, "10.9.0.1/32"),
+            address(2, "10.0.0.1/24"),
+            address(2, "fd00:199::1/64"),
+            address(3, "192.168.7.1/24"),
+            address(3, "192.168.7.2/24"),
+            address(4, "172.16.0.4/24"),
+            address(4, "fd00:200::4/64"),
+        ];
+        let routes = [default_route(2, "0.0.0.0/0")];
+        let view = View {
+            links: &links,
+            addresses: &addresses,
+            routes: &routes,
+            reaching: Some((4, Some("172.16.0.4".parse().unwrap()))),
+        };
+        let chosen = |ifaces: &[&str], patterns: &[&str], can_reach: Option<&str>, dual: bool| {
+            let mut selection = selection(ifaces, None, None);
+            selection.patterns = patterns.iter().map(|text| text.parse().unwrap()).collect();
+            selection.can_reach = can_reach.map(|text| text.parse().unwrap());
+            selection.families.v6 = dual;
+            let view = View {
+                reaching: view.reaching.filter(|_| can_reach.is_some()),
+                ..view
+            };
+            select(&selection, view).map(|chosen| {
+                let address = chosen.addresses.v4.unwrap().to_string();
+                (chosen.name, address)
+            })
+        };
+        let is = |name: &str, address: &str| Ok((name.to_owned(), address.to_owned()));
+        // Unanchored, and the address that matches is the one.
+        assert_eq!(
+            chosen(&[], &["168.*[.]2"], None, false),
+            is("eth1", "192.168.7.2")
+        );
+        assert_eq!(
+            chosen(&[], &["^wan"], None, false),
+            is("wan7", "172.16.0.4")
+        );
+        // What matches the name of one and the address of another; the loopback's is never taken.
+        assert_eq!(chosen(&[], &["7"], None, false), is("eth1", "192.168.7.1"));
+        assert!(chosen(&[], &["^10[.]9"], None, false).is_err());
+        // The order: interfaces, expressions, reach.
+        let (nope, eth0) = (["nope"], ["nope", "eth0"]);
+        let far = Some("8.8.8.8");
+        assert_eq!(chosen(&eth0, &["wan"], far, false), is("eth0", "10.0.0.1"));
+        assert_eq!(
+            chosen(&nope, &["^x", "eth1"], far, false),
+            is("eth1", "192.168.7.1")
+        );
+        assert_eq!(chosen(&nope, &["^x"], far, false), is("wan7", "172.16.0.4"));
+        // With both families an address of each has to match, or else the name.
+        assert_eq!(
+            chosen(&[], &["[.]4$|::4$"], None, true),
+            is("wan7", "172.16.0.4")
+        );
+        assert_eq!(
+            chosen(&[], &["^172|^eth0"], None, true),
+            is("eth0", "10.0.0.1")
+        );
+        let error = chosen(&nope, &["^x"], None, false).unwrap_err().to_string();
+        assert!(
+            error.ends_with("--iface nope, --iface-regex ^x: the interfaces are eth0, eth1, wan7"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn an_interface_must_be_ethernet_with_an_address() {
         let mut tunnel = link(2, "tun0");
         tunnel.mac = None;
@@ -532,6 +726,7 @@ mod tests {
             links: &links,
             addresses: &addresses,
             routes: &[],
+            reaching: None,
         };
         assert!(matches!(
             select(&selection(&["tun0"], None, None), view),
@@ -562,6 +757,7 @@ mod tests {
             links: &links,
             addresses: &addresses,
             routes: &same,
+            reaching: None,
         };
         let ip = |text: &str| Some(text.parse::<IpAddr>().unwrap());
         let dual = Selection {
@@ -637,6 +833,7 @@ mod tests {
             links: &links,
             addresses: &addresses,
             routes: &routes,
+            reaching: None,
         };
         let ip = |text: &str| Some(text.parse::<IpAddr>().unwrap());
         let floating = PerFamily {
@@ -699,6 +896,7 @@ mod tests {
             links: &links,
             addresses: &addresses,
             routes: &[],
+            reaching: None,
         };
         let mut behind_nat = selection(&["eth0"], Some("192.0.2.7"), None);
         behind_nat.host_gw = true;

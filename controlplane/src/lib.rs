@@ -14,13 +14,17 @@
 
 pub mod cleanup;
 pub mod compile;
+pub mod conflist;
 pub mod detour;
 pub mod family;
 pub mod fou;
 pub mod goflags;
 pub mod guard;
+pub mod health;
 pub mod interface;
+mod keeper;
 pub mod lease;
+pub mod logs;
 pub mod mac;
 pub mod netconf;
 pub mod netlink;

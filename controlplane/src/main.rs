@@ -3,7 +3,8 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use core::sync::atomic::AtomicBool;
 use core::time::Duration;
-use std::path::{Path, PathBuf};
+use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -11,19 +12,24 @@ use anyhow::Context as _;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser};
 use ipnet::IpNet;
+use ripstop_controlplane::conflist::ConflistFlags;
 use ripstop_controlplane::family::PerFamily;
-use ripstop_controlplane::interface::Selection;
+use ripstop_controlplane::health::Health;
+use ripstop_controlplane::health::metrics::Scraper;
+use ripstop_controlplane::health::server::{self, HealthFlags};
+use ripstop_controlplane::health::watch::Watcher;
+use ripstop_controlplane::interface::{Pattern, Selection};
 use ripstop_controlplane::lease::file::FileSource;
 use ripstop_controlplane::lease::kept::Kept;
 use ripstop_controlplane::lease::kube::annotations::{DEFAULT_PREFIX, Prefix};
-use ripstop_controlplane::lease::kube::{self, KubeSource};
+use ripstop_controlplane::lease::kube::{self, KubeSource, events};
 use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
+use ripstop_controlplane::logs::LogFlags;
 use ripstop_controlplane::netconf::{Backend, NetConf};
 use ripstop_controlplane::reconcile::{Reconciler, Settings};
 use ripstop_controlplane::sys::{Signals, Wake, hostname};
 use ripstop_controlplane::traffic::{self, Mode};
 use ripstop_controlplane::{DEFAULT_RUN_DIR, detour, explained, goflags};
-use tracing_subscriber::EnvFilter;
 
 /// How long to ask which node this pod is on; then the kubelet starts us anew.
 const POD_PATIENCE: Duration = Duration::from_secs(10);
@@ -48,6 +54,12 @@ struct Flags {
     /// Interface, or its address, for traffic between nodes; the first that exists is used
     #[arg(long, value_name = "NAME|IP")]
     iface: Vec<String>,
+    /// Regular expression for an address of the interface, or its name; looked at after --iface
+    #[arg(long, value_name = "REGEX")]
+    iface_regex: Vec<Pattern>,
+    /// The interface is the one by which this address is reached; looked at last
+    #[arg(long, value_name = "IP")]
+    iface_can_reach: Option<IpAddr>,
     /// Address that other nodes reach this one by
     #[arg(long, value_name = "IP")]
     public_ip: Option<Ipv4Addr>,
@@ -62,7 +74,7 @@ struct Flags {
     kube_api_url: Option<String>,
     /// Kubeconfig with the API server and credentials [default: the pod's service account]
     #[arg(long, value_name = "FILE")]
-    kubeconfig_file: Option<String>,
+    kubeconfig_file: Option<PathBuf>,
     /// What the names of the nodes' annotations begin with
     #[arg(long, value_name = "PREFIX", default_value = DEFAULT_PREFIX)]
     kube_annotation_prefix: String,
@@ -110,9 +122,12 @@ struct Flags {
     /// Keep a route that refuses what is for no pod of this node
     #[arg(long, value_name = "BOOL", default_value_t = false, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set)]
     ip_blackhole_route: bool,
-    /// error, warn, info, debug, trace, or a filter as tracing-subscriber takes it
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
-    log_level: EnvFilter,
+    #[command(flatten)]
+    conflist: ConflistFlags,
+    #[command(flatten)]
+    health: HealthFlags,
+    #[command(flatten)]
+    logs: LogFlags,
 }
 
 /// A flag with a value, so that its environment variable can say either.
@@ -141,6 +156,7 @@ fn flags() -> Result<(Flags, Vec<String>), clap::Error> {
         .map_err(|error| command.error(ErrorKind::InvalidValue, error))?;
     let variable = |key: &str| std::env::var(key).ok();
     let problems = goflags::add_environment(&command, &mut args, variable);
+    goflags::drop_empty(&mut args);
     let matches = command.try_get_matches_from_mut(args)?;
     Ok((Flags::from_arg_matches(&matches)?, problems))
 }
@@ -148,15 +164,15 @@ fn flags() -> Result<(Flags, Vec<String>), clap::Error> {
 fn main() -> ExitCode {
     let (flags, unused) = match flags() {
         Ok(flags) => flags,
+        // As flannel does.
+        Err(error) if error.kind() == ErrorKind::DisplayVersion => {
+            let _nobody_reads = write!(std::io::stderr(), "{error}");
+            return ExitCode::SUCCESS;
+        }
         // Help goes to stdout and ends with 0, errors to stderr and with 2.
         Err(error) => error.exit(),
     };
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .with_env_filter(flags.log_level.clone())
-        .init();
+    flags.logs.start();
     for problem in unused {
         tracing::warn!("{problem}");
     }
@@ -191,12 +207,8 @@ impl Kube {
                 "CONT_WHEN_CACHE_NOT_READY is not used: the API server is waited for without an end"
             );
         }
-        let url = flags.kube_api_url.as_deref().filter(|url| !url.is_empty());
-        let file = flags
-            .kubeconfig_file
-            .as_deref()
-            .filter(|file| !file.is_empty());
-        let server = kube::Server::new(url, file.map(Path::new))
+        let url = flags.kube_api_url.as_deref();
+        let server = kube::Server::new(url, flags.kubeconfig_file.as_deref())
             .and_then(|server| server.load_blocking().map(|_config| server))
             .context("Failed to create SubnetManager")?;
         Ok(Self { server, prefix })
@@ -225,6 +237,12 @@ fn environment(name: &str) -> Option<String> {
 fn run(flags: Flags) -> anyhow::Result<()> {
     // Before any thread exists, so that all inherit the mask.
     let signals = Signals::take_over().context("take over SIGTERM and SIGINT")?;
+    let health = Arc::new(Health::new().context("prepare metrics")?);
+    // Before anything that may have to be waited for.
+    if let Some(listener) = server::listen(&flags.health)? {
+        let scraper = Scraper::new(&flags.run_dir, Some(Arc::clone(&health)));
+        server::start(listener, Arc::clone(&health), scraper)?;
+    }
     let conf = NetConf::load(&flags.net_config_path)?;
     let kube = match flags.kube_subnet_mgr {
         true => Some(Kube::new(&flags)?),
@@ -238,6 +256,8 @@ fn run(flags: Flags) -> anyhow::Result<()> {
     };
     let mut selection = Selection {
         ifaces: flags.iface,
+        patterns: flags.iface_regex,
+        can_reach: flags.iface_can_reach,
         public_ips: PerFamily {
             v4: flags.public_ip.map(IpAddr::V4),
             v6: flags.public_ipv6.map(IpAddr::V6),
@@ -252,6 +272,13 @@ fn run(flags: Flags) -> anyhow::Result<()> {
     let ready = Arc::new(AtomicBool::new(false));
     let source: Box<dyn LeaseSource> = match kube {
         Some(kube) => {
+            let watcher = Watcher::new(flags.run_dir.clone(), Arc::clone(&health));
+            events::start(
+                kube.server.load_blocking()?,
+                &node,
+                watcher,
+                Arc::clone(&health),
+            )?;
             let settings = kube::Settings {
                 node: node.clone(),
                 conf: conf.clone(),
@@ -301,7 +328,9 @@ fn run(flags: Flags) -> anyhow::Result<()> {
         guard: flags.guard == Switch::On,
         lease_source: source.describe(),
         subnet_file,
+        conflist: flags.conflist,
         ready,
+        health,
     })?;
     tracing::info!(node, leases = source.describe(), "control plane started");
     let wake = Arc::new(Wake::new()?);

@@ -24,8 +24,21 @@ impl Problems {
         }
     }
 
+    /// Whether `part` has a problem.
+    pub fn is_standing(&self, part: &str) -> bool {
+        self.standing.contains_key(part)
+    }
+
     /// All of them.
     pub fn list(&self) -> Vec<String> {
         self.standing.values().cloned().collect()
+    }
+
+    /// All of them, with the parts.
+    pub fn with_parts(&self) -> Vec<(&'static str, String)> {
+        let standing = self.standing.iter();
+        standing
+            .map(|(part, problem)| (*part, problem.clone()))
+            .collect()
     }
 }

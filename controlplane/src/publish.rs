@@ -222,9 +222,14 @@ impl DataPlane {
         })
     }
 
+    /// It runs, and its workers move.
+    pub fn is_alive(&self) -> bool {
+        self.alive && self.workers > 0 && self.fresh
+    }
+
     /// Traffic may be sent to it.
     pub fn is_forwarding(&self) -> bool {
-        self.alive && self.workers > 0 && self.fresh && self.generation > 0
+        self.is_alive() && self.generation > 0
     }
 }
 
@@ -344,6 +349,7 @@ mod tests {
             queue: 0,
             cpu: 0,
             mode: Mode::Copy,
+            wants_zero_copy: false,
             polling: Polling::Adaptive,
             frames: 64,
             frame_size: 2048,

@@ -19,7 +19,7 @@
 use core::net::IpAddr;
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -32,21 +32,23 @@ use ripstop_fib::BuildError;
 use ripstop_fib::map::MapError;
 
 use crate::compile::compile;
+use crate::conflist::{self, ConflistFlags};
 use crate::detour;
 use crate::family::{Family, PerFamily};
 use crate::fou::{self, Fou, FouError};
 use crate::guard::{self, Guard};
-use crate::interface::{self, InterfaceError, Selection, Underlay, View};
+use crate::health::{Health, Round};
+use crate::interface::{self, InterfaceError, Selection, Underlay};
 use crate::lease::{Lease, LeaseEvent, LeaseSet};
 use crate::netconf::{Backend, Direct, NetConf};
-use crate::netlink::message::{self, Address, Link, RouteFilter};
+use crate::netlink::message::{self, Address, Link};
 use crate::netlink::monitor::{Dirty, Interests, Monitor};
 use crate::netlink::{Netlink, NetlinkError};
 use crate::nexthop::{NextHops, Query, Ways};
 use crate::problems::Problems;
 use crate::publish::{DataPlane, Fib, FibError, Published};
 use crate::rules::{Filter, FilterKeeper};
-use crate::standby::{self, StandbyError, TABLE_MAIN};
+use crate::standby::{self, StandbyError};
 use crate::state::{RulesState, State};
 use crate::subnet_file;
 use crate::sys::{Signals, Wake, wait_readable};
@@ -122,6 +124,25 @@ fn refusals(refused: Vec<String>) -> Result<(), StepError> {
         .map_or(Ok(()), |first| Err(StepError::Refused { count, first }))
 }
 
+/// Tells the service manager, if there is one, that this service is up.
+fn announce_readiness() {
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!(%error, "the service manager could not be told that the node is ready");
+    }
+}
+
+/// Problems by part, of which one may have several.
+fn by_part(problems: Vec<(&'static str, String)>) -> BTreeMap<&'static str, String> {
+    let mut parts: BTreeMap<&'static str, String> = BTreeMap::new();
+    for (part, problem) in problems {
+        match parts.get_mut(part) {
+            Some(before) => *before = format!("{before}; {problem}"),
+            None => drop(parts.insert(part, problem)),
+        }
+    }
+    parts
+}
+
 /// Collects what failed while the rest went on.
 fn all_of(errors: Vec<StepError>) -> Result<(), StepError> {
     let both = |first, second| StepError::Both(Box::new(first), Box::new(second));
@@ -148,6 +169,8 @@ struct Step {
     name: &'static str,
     due: bool,
     failures: u32,
+    /// All was done but for entries that the kernel refuses.
+    refused: bool,
     not_before: Instant,
 }
 
@@ -157,20 +180,33 @@ impl Step {
             name,
             due: true,
             failures: 0,
+            refused: false,
             not_before: now,
         }
     }
 
-    /// News: the reason of the failure may be gone.
+    /// There is something to do.
     fn wake(&mut self) {
         self.due = true;
+    }
+
+    /// The same after news: the reason of a failure may be gone, so the wait after it is short again.
+    fn news(&mut self) {
+        self.wake();
+        self.not_before = self.not_before.min(Instant::now() + BACKOFF_FIRST);
     }
 
     fn is_ready(&self, now: Instant) -> bool {
         self.due && now >= self.not_before
     }
 
-    fn finish(&mut self, result: Result<(), StepError>, problems: &mut Problems, now: Instant) {
+    fn is_done(&self) -> bool {
+        !self.due && self.failures == 0
+    }
+
+    fn finish(&mut self, result: Result<(), StepError>, told: Told<'_>, now: Instant) {
+        let Told { problems, health } = told;
+        self.refused = matches!(result, Err(StepError::Refused { .. }));
         match result {
             Ok(()) => {
                 self.due = false;
@@ -183,6 +219,7 @@ impl Step {
                     .saturating_mul(1 << self.failures.min(8))
                     .min(BACKOFF_MAX);
                 self.failures += 1;
+                health.failed(self.name);
                 self.not_before = now + delay;
                 let text = error.to_string();
                 problems.raise(
@@ -195,6 +232,12 @@ impl Step {
             }
         }
     }
+}
+
+/// Who is told what came of a step.
+struct Told<'a> {
+    problems: &'a mut Problems,
+    health: &'a Health,
 }
 
 #[derive(Debug)]
@@ -227,8 +270,12 @@ pub struct Settings {
     pub lease_source: String,
     /// Where pods find this node's subnet, if anywhere.
     pub subnet_file: Option<PathBuf>,
+    /// `--install-cni-conf`.
+    pub conflist: ConflistFlags,
     /// Set, for good, once pods' packets get to the peers in one way or another.
     pub ready: Arc<AtomicBool>,
+    /// Where the loop tells how it is.
+    pub health: Arc<Health>,
 }
 
 /// The state of the loop.
@@ -242,6 +289,7 @@ pub struct Reconciler {
     traffic: traffic::Keeper,
     problems: Problems,
     steps: Steps,
+    conflist: conflist::Keeper,
     /// In force.
     leases: Option<Arc<LeaseSet>>,
     /// To be put into force once it fits an interface.
@@ -264,6 +312,8 @@ pub struct Reconciler {
     standby_unfinished: bool,
     standby_since: Option<Instant>,
     standby_changes: usize,
+    /// Leases or ways have changed since the standby was last complete, so that it has to.
+    standby_news: bool,
     hops: NextHops,
     /// The interfaces that workers send by.
     uplinks: Vec<Uplink>,
@@ -274,8 +324,13 @@ pub struct Reconciler {
     /// Resolved subnets of the last generations.
     history: VecDeque<(u64, HashSet<IpNet>)>,
     published_at: Instant,
+    /// Workers have yet to be seen to use what was published.
+    taking_up: bool,
     data_plane: DataPlane,
     detour_active: bool,
+    detour_routes: usize,
+    /// The subnet file says what it should.
+    subnet_kept: bool,
     last_recheck: Instant,
     last_unresolved_recheck: Instant,
     state: State,
@@ -308,7 +363,16 @@ impl Reconciler {
             standby: Step::new("standby", now),
             detour: Step::new("detour", now),
         };
+        let names = [
+            &steps.underlay,
+            &steps.next_hops,
+            &steps.publish,
+            &steps.standby,
+            &steps.detour,
+        ];
+        settings.health.steps(names.map(|step| step.name));
         Ok(Self {
+            conflist: conflist::Keeper::new(settings.conflist.clone()),
             settings,
             netlink,
             monitor,
@@ -331,14 +395,18 @@ impl Reconciler {
             standby_unfinished: false,
             standby_since: None,
             standby_changes: 0,
+            standby_news: true,
             hops: NextHops::default(),
             uplinks: Vec::new(),
             worker_nics: Vec::new(),
             published_ways: HashMap::new(),
             history: VecDeque::from([(generation, resolved)]),
             published_at: now,
+            taking_up: false,
             data_plane: DataPlane::default(),
             detour_active: false,
+            detour_routes: 0,
+            subnet_kept: false,
             last_recheck: now,
             last_unresolved_recheck: now,
             state: State::default(),
@@ -443,19 +511,19 @@ impl Reconciler {
     fn mark(&mut self, dirty: Dirty) {
         let steps = &mut self.steps;
         if dirty.links {
-            steps.underlay.wake();
+            steps.underlay.news();
         }
         if dirty.routes {
             self.hops.forget_routes();
         }
         if dirty.routes || dirty.neighbours {
-            steps.next_hops.wake();
+            steps.next_hops.news();
         }
         if dirty.standby {
-            steps.standby.wake();
+            steps.standby.news();
         }
         if dirty.detour {
-            steps.detour.wake();
+            steps.detour.news();
         }
     }
 
@@ -464,16 +532,53 @@ impl Reconciler {
         let worked = self.all_steps().iter().any(|step| step.is_ready(now));
         self.look(now);
         let problems = self.problems();
-        if worked || problems != self.state.problems {
-            self.write_state(problems);
+        let known = self.state.problems.iter();
+        if worked || known.ne(problems.iter().map(|(_, problem)| problem)) {
+            self.write_state(&problems);
         }
+        self.settings.health.tell(Round {
+            unready: self.unready(),
+            standby_complete: self.is_standby_programmed(),
+            detour_active: self.detour_active,
+            detour_routes: self.detour_routes,
+            problems: by_part(problems),
+        });
     }
 
-    fn problems(&self) -> Vec<String> {
-        let mut problems = self.problems.list();
-        problems.extend(self.filter.problem());
-        problems.extend(self.traffic.problems());
+    fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = self.problems.with_parts();
+        problems.extend(self.filter.problem().map(|problem| ("filter", problem)));
+        let traffic = self.traffic.problems().into_iter();
+        problems.extend(traffic.map(|problem| ("traffic", problem)));
         problems
+    }
+
+    /// The kernel's path has all that the kernel takes; what it refuses is named as a problem.
+    fn is_standby_programmed(&self) -> bool {
+        let step = &self.steps.standby;
+        self.leases.is_some() && !self.standby_unfinished && (step.is_done() || step.refused)
+    }
+
+    /// What is missing before all known peers are programmed in the kernel and, while workers live, in their table.
+    fn unready(&self) -> Option<String> {
+        let missing = if self.leases.is_none() {
+            "no leases yet"
+        } else if self.underlay.is_none() {
+            "no interface towards the other nodes"
+        } else if !self.steps.publish.is_done() {
+            "the forwarding table is not published"
+        } else if !self.is_standby_programmed() {
+            "the kernel's path to the other nodes is not complete"
+        } else if self.data_plane.is_alive()
+            && self.data_plane.generation < self.current_generation()
+        {
+            "the workers have not taken up the forwarding table"
+        } else if self.settings.subnet_file.is_some() && !self.subnet_kept {
+            "the subnet file is not written"
+        } else {
+            return None;
+        };
+        Some(missing.to_owned())
     }
 
     fn look(&mut self, now: Instant) {
@@ -493,9 +598,11 @@ impl Reconciler {
         }
         if self.steps.underlay.is_ready(now) {
             let result = self.find_underlay();
-            self.steps
-                .underlay
-                .finish(result, &mut self.problems, Instant::now());
+            let told = Told {
+                problems: &mut self.problems,
+                health: &self.settings.health,
+            };
+            self.steps.underlay.finish(result, told, Instant::now());
         }
         self.observe_data_plane(now);
         let (Some(leases), Some(underlay)) = (self.leases.clone(), self.underlay.clone()) else {
@@ -505,9 +612,11 @@ impl Reconciler {
             ($step:ident, $run:expr) => {
                 if self.steps.$step.is_ready(now) {
                     let result = $run;
-                    self.steps
-                        .$step
-                        .finish(result, &mut self.problems, Instant::now());
+                    let told = Told {
+                        problems: &mut self.problems,
+                        health: &self.settings.health,
+                    };
+                    self.steps.$step.finish(result, told, Instant::now());
                 }
             };
         }
@@ -516,9 +625,11 @@ impl Reconciler {
             let result = self.keep_detours(&leases, &underlay, detour::Op::withdraws);
             // Success is not the end of it: what is to be added is added below.
             if result.is_err() {
-                self.steps
-                    .detour
-                    .finish(result, &mut self.problems, Instant::now());
+                let told = Told {
+                    problems: &mut self.problems,
+                    health: &self.settings.health,
+                };
+                self.steps.detour.finish(result, told, Instant::now());
             }
         }
         step!(publish, self.publish(&leases, &underlay));
@@ -528,11 +639,16 @@ impl Reconciler {
         }
         self.observe_data_plane(now);
         step!(detour, self.keep_detours(&leases, &underlay, |_| true));
-        let done = |step: &Step| !step.due && step.failures == 0;
-        let standby = done(&self.steps.standby) && !self.standby_unfinished;
-        if done(&self.steps.publish) && (standby || self.detour_active) {
-            self.settings.ready.store(true, Ordering::Relaxed);
+        if self.steps.publish.is_done() && (self.is_standby_programmed() || self.detour_active) {
+            let was_ready = self.settings.ready.swap(true, Ordering::Relaxed);
             self.keep_subnet_file(&leases, &underlay);
+            // Whoever makes pods because of it needs that file.
+            if !self.problems.is_standing("subnet file") {
+                self.conflist.look(now, &mut self.problems);
+            }
+            if !was_ready {
+                announce_readiness();
+            }
         }
     }
 
@@ -543,7 +659,9 @@ impl Reconciler {
             return;
         };
         let wanted = subnet_file::wanted(conf, leases, underlay.mtu, traffic.masquerade);
-        match wanted.map(|wanted| subnet_file::keep(path, &wanted)) {
+        let kept = wanted.map(|wanted| subnet_file::keep(path, &wanted));
+        self.subnet_kept = matches!(kept, Some(Ok(_)));
+        match kept {
             None | Some(Ok(false)) => self.problems.clear("subnet file"),
             Some(Ok(true)) => {
                 tracing::info!(path = %path.display(), "subnet file written");
@@ -578,29 +696,7 @@ impl Reconciler {
             },
             ..self.settings.selection.clone()
         };
-        let view = View {
-            links: &self.links,
-            addresses: &addresses,
-            routes: &[],
-        };
-        let chosen = match interface::select(&selection, view) {
-            // The main table is large; it is read only when nothing else decides.
-            Err(InterfaceError::NoDefault { .. }) => {
-                let mut routes = Vec::new();
-                for family in Family::ALL {
-                    let filter = RouteFilter::table(family, TABLE_MAIN);
-                    routes.extend(self.netlink.routes(filter)?);
-                }
-                interface::select(
-                    &selection,
-                    View {
-                        routes: &routes,
-                        ..view
-                    },
-                )
-            }
-            other => other,
-        };
+        let chosen = interface::look(&mut self.netlink, &selection, &self.links, &addresses)?;
         // While an interface is down and without address the last choice stays: the standby device is bound to it.
         let chosen = chosen?;
         if self.underlay.as_ref() != Some(&chosen) {
@@ -615,9 +711,10 @@ impl Reconciler {
             );
             self.underlay = Some(chosen);
             self.hops.forget_routes();
-            self.steps.next_hops.wake();
-            self.steps.publish.wake();
-            self.steps.standby.wake();
+            self.steps.next_hops.news();
+            self.steps.publish.news();
+            self.steps.standby.news();
+            self.standby_news = true;
         }
         // A bond's ports come and go without a route changing.
         let now_there = |uplink: &Uplink| Uplink::of(&self.links, uplink.link);
@@ -636,8 +733,9 @@ impl Reconciler {
             });
             self.traffic.set(self.rules_wanted(&pending));
             self.leases = Some(pending);
+            self.standby_news = true;
             for step in self.all_steps() {
-                step.wake();
+                step.news();
             }
         }
         Ok(())
@@ -738,6 +836,7 @@ impl Reconciler {
         // Its route in the main table is of the other kind from here on.
         if rerouted {
             self.steps.standby.wake();
+            self.standby_news = true;
         }
         Ok(())
     }
@@ -790,10 +889,10 @@ impl Reconciler {
         let ways = |peer: &Lease| self.ways(peer);
         let image = compile(leases, &self.settings.conf, underlay, &self.uplinks, ways)
             .map_err(StepError::Compile)?;
-        let compile_us = start.elapsed().as_micros();
+        let compiled = start.elapsed();
         let start = Instant::now();
         let published = self.fib.publish(&image)?;
-        let publish_us = start.elapsed().as_micros();
+        let took = start.elapsed();
         self.published_ways = leases
             .peers
             .iter()
@@ -805,22 +904,25 @@ impl Reconciler {
             .filter(|peer| !self.published_ways[&peer.public_ip].paths.is_empty())
             .map(|peer| peer.subnet)
             .collect();
-        let since_change_us = self
-            .leases_seen
-            .take()
-            .map(|seen| seen.elapsed().as_micros());
+        let since_change = self.leases_seen.take().map(|seen| seen.elapsed());
         if let Published::New(generation) = published {
+            let figures = &self.settings.health.figures;
+            figures.publish.observe((compiled + took).as_secs_f64());
+            if let Some(since_change) = since_change {
+                figures.lease.observe(since_change.as_secs_f64());
+            }
             tracing::info!(
                 generation,
                 leases = leases.count(),
                 resolved = resolved.len(),
                 bytes = image.len() * 8,
-                compile_us,
-                publish_us,
-                since_change_us,
+                compile_us = compiled.as_micros(),
+                publish_us = took.as_micros(),
+                since_change_us = since_change.map(|since| since.as_micros()),
                 "published"
             );
             self.published_at = start;
+            self.taking_up = self.data_plane.is_forwarding();
         }
         self.history
             .retain(|(generation, _)| *generation != published.generation());
@@ -860,6 +962,13 @@ impl Reconciler {
             if let (Some(device), Some(_)) = (&desired.device, link) {
                 standby::reconcile_sysctls(&device.name);
             }
+            let changes = outcome.peers.changed + outcome.device_changes.len();
+            let figures = &self.settings.health.figures;
+            let count = u64::try_from(changes).unwrap_or(u64::MAX);
+            figures.written.inc_by(count);
+            if !self.standby_news {
+                figures.healed.inc_by(count);
+            }
             self.standby_changes += outcome.peers.changed;
             if outcome.changed() {
                 // Routes through rip0 name the device's address as their source; it may have been away.
@@ -875,6 +984,7 @@ impl Reconciler {
         }
         self.keep_blackholes(leases)?;
         self.standby_unfinished = remaining > 0;
+        self.standby_news &= self.standby_unfinished || !errors.is_empty();
         if self.standby_unfinished {
             self.standby_since = Some(start);
         } else if self.standby_changes > 0 {
@@ -991,6 +1101,17 @@ impl Reconciler {
                     self.worker_nics.clone_from(&seen.nics);
                     self.steps.next_hops.wake();
                 }
+                if self.taking_up
+                    && (!seen.is_forwarding() || seen.generation >= self.current_generation())
+                {
+                    self.taking_up = false;
+                    if seen.is_forwarding() {
+                        let took = self.published_at.elapsed();
+                        let figures = &self.settings.health.figures;
+                        figures.take_up.observe(took.as_secs_f64());
+                    }
+                }
+                let seen = &self.data_plane;
                 if before != *seen {
                     self.steps.detour.wake();
                     self.steps.detour.not_before = now;
@@ -1075,6 +1196,7 @@ impl Reconciler {
             );
         }
         self.detour_active = active;
+        self.detour_routes = if active { subnets } else { 0 };
         self.check_reverse_path(active);
         refusals(refused)
     }
@@ -1153,7 +1275,7 @@ impl Reconciler {
         }
     }
 
-    fn write_state(&mut self, problems: Vec<String>) {
+    fn write_state(&mut self, problems: &[(&'static str, String)]) {
         let conf = &self.settings.conf;
         let peers = self.leases.iter().flat_map(|leases| &leases.peers);
         let unresolved = peers
@@ -1197,7 +1319,12 @@ impl Reconciler {
             pod_mtu6: pod_mtu(Family::V6),
             table: self.settings.table,
             unresolved: unresolved.take(UNRESOLVED_SHOWN).collect(),
-            problems,
+            problems: problems.iter().map(|(_, text)| text.clone()).collect(),
+            problem_parts: {
+                let parts = by_part(problems.to_vec()).into_keys();
+                parts.map(str::to_owned).collect()
+            },
+            started: self.settings.health.started(),
         };
         if state == self.state {
             return;

@@ -11,7 +11,9 @@ use ripstop_fib::map::{
     self, CONTROLPLANE_LOCK, DATAPLANE_LOCK, FIB_FILE, MapError, STATS_FILE, lock_owner, open_fib,
     open_stats,
 };
+use ripstop_fib::publish::ImageRef;
 use ripstop_fib::stats::{Counter, KernelCounter, NicStats, Stats, WorkerStats, XdpCounter};
+use ripstop_fib::sync::Ordering;
 use ripstop_fib::{Backend, DropReason, Image, LeaseRecord, Node, Region};
 use serde::Serialize;
 
@@ -57,14 +59,22 @@ fn present<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
 
 /// The forwarding table as it was at one moment.
 #[derive(Debug)]
-struct Table {
-    generation: u64,
-    node: Node,
-    leases: Vec<LeaseRecord>,
-    bytes: usize,
+pub(crate) struct Table {
+    pub(crate) generation: u64,
+    pub(crate) node: Node,
+    pub(crate) leases: Vec<LeaseRecord>,
+    pub(crate) bytes: usize,
 }
 
-fn read_table(run_dir: &Path) -> Result<Option<Table>, ReportError> {
+/// Generation of the forwarding table that is current, if there is one.
+pub(crate) fn fib_generation(run_dir: &Path) -> Option<u64> {
+    let mapping = open_fib(run_dir).ok()?;
+    let region = Region::attach(mapping.words()).ok()?;
+    let current = ImageRef(region.current().load(Ordering::Relaxed));
+    Some(current.generation()).filter(|&generation| generation > 0)
+}
+
+pub(crate) fn read_table(run_dir: &Path) -> Result<Option<Table>, ReportError> {
     let Some(mapping) = present(open_fib(run_dir))? else {
         return Ok(None);
     };
@@ -91,14 +101,16 @@ fn read_table(run_dir: &Path) -> Result<Option<Table>, ReportError> {
     }))
 }
 
-struct Sample {
-    workers: Vec<WorkerStats>,
-    nics: Vec<NicStats>,
-    started_ns: u64,
-    now_ns: u64,
+/// What the data plane published at one moment.
+#[derive(Debug)]
+pub(crate) struct Sample {
+    pub(crate) workers: Vec<WorkerStats>,
+    pub(crate) nics: Vec<NicStats>,
+    pub(crate) started_ns: u64,
+    pub(crate) now_ns: u64,
 }
 
-fn read_stats(run_dir: &Path) -> Result<Option<Sample>, ReportError> {
+pub(crate) fn read_stats(run_dir: &Path) -> Result<Option<Sample>, ReportError> {
     let Some(mapping) = present(open_stats(run_dir))? else {
         return Ok(None);
     };
@@ -116,15 +128,15 @@ fn read_stats(run_dir: &Path) -> Result<Option<Sample>, ReportError> {
 
 /// What the kernel holds of ours; nothing where it cannot be asked (needs root).
 #[derive(Debug, Default)]
-struct Kernel {
-    rule: bool,
-    detour_subnets: HashSet<IpNet>,
-    rip0: bool,
+pub(crate) struct Kernel {
+    pub(crate) rule: bool,
+    pub(crate) detour_subnets: HashSet<IpNet>,
+    pub(crate) rip0: bool,
     /// Of the devices asked for, those that are not there.
     missing_devices: Vec<String>,
 }
 
-fn read_kernel(table: u32, devices: &[String]) -> Result<Kernel, NetlinkError> {
+pub(crate) fn read_kernel(table: u32, devices: &[String]) -> Result<Kernel, NetlinkError> {
     let mut netlink = Netlink::open()?;
     let links = netlink.links()?;
     let mut kernel = Kernel {

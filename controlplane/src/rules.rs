@@ -27,20 +27,19 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsFd;
 use std::process::Output;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use ipnet::IpNet;
 
 use crate::family::{Family, PerFamily};
 use crate::guard::{self, Guard};
+use crate::keeper::{Desk, Keeper};
 use crate::lease::LeaseSet;
 use crate::netconf::{Backend, NetConf};
 use crate::netlink::NetlinkError;
 use crate::netlink::monitor::RulesetMonitor;
 use crate::standby;
-use crate::sys::{Wake, run_program, wait_readable};
+use crate::sys::{run_program, wait_readable};
 
 /// Name of our tables, families `ip` and `ip6`.
 pub const TABLE: &str = "ripstop";
@@ -671,29 +670,7 @@ fn listing(filter: &Filter) -> Result<String, FilterError> {
 /// Keeps the filter in force, on a thread of its own: a transaction of many elements takes a good part of a second,
 /// during which the main loop has heartbeats to watch.
 #[derive(Debug)]
-pub struct FilterKeeper {
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    wanted: Mutex<Wanted>,
-    wake: Wake,
-}
-
-#[derive(Debug, Default)]
-struct Wanted {
-    filter: Option<Filter>,
-    stop: bool,
-    problem: Option<String>,
-}
-
-impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Wanted> {
-        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+pub struct FilterKeeper(Keeper<Filter>);
 
 /// How long after a failure the next attempt is made.
 const RETRY: Duration = Duration::from_secs(5);
@@ -703,56 +680,30 @@ const CONTENTION_PAUSE: Duration = Duration::from_millis(200);
 const RECHECK: Duration = Duration::from_secs(30);
 
 impl FilterKeeper {
-    /// Starts the thread, in the network namespace of the caller.
+    /// Starts the thread, in the network namespace of the caller. It ends with the value; the filter stays.
     pub fn start() -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            wanted: Mutex::default(),
-            wake: Wake::new()?,
-        });
-        let for_thread = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("filter".to_owned())
-            .spawn(move || keep(&for_thread))?;
-        Ok(Self {
-            shared,
-            thread: Some(thread),
-        })
+        Keeper::start("filter", keep).map(Self)
     }
 
     /// Says what the filter should be from here on.
     pub fn set(&self, filter: Filter) {
-        let mut wanted = self.shared.lock();
-        if wanted.filter.as_ref() != Some(&filter) {
-            wanted.filter = Some(filter);
-            self.shared.wake.signal();
-        }
+        self.0.set(filter);
     }
 
     /// Says what the guard should be from here on; the filter must have been set before.
     pub fn set_guard(&self, guard: Option<Guard>) {
-        let mut wanted = self.shared.lock();
-        if let Some(filter) = &mut wanted.filter
-            && filter.guard != guard
-        {
-            filter.guard = guard;
-            self.shared.wake.signal();
-        }
+        self.0.change(|filter| match filter {
+            Some(filter) if filter.guard != guard => {
+                filter.guard = guard;
+                true
+            }
+            Some(_) | None => false,
+        });
     }
 
     /// What keeps the filter or the guard from being in force, if anything.
     pub fn problem(&self) -> Option<String> {
-        self.shared.lock().problem.clone()
-    }
-}
-
-impl Drop for FilterKeeper {
-    /// Ends the thread; the filter stays.
-    fn drop(&mut self) {
-        self.shared.lock().stop = true;
-        self.shared.wake.signal();
-        if let Some(thread) = self.thread.take() {
-            let _ended = thread.join();
-        }
+        self.0.problems().pop()
     }
 }
 
@@ -763,23 +714,14 @@ struct Loaded {
     listing: String,
 }
 
-fn keep(shared: &Shared) {
+fn keep(desk: &Desk<Filter>) {
     let mut monitor: Option<RulesetMonitor> = None;
     let mut loaded: Option<Loaded> = None;
     let mut checked = Instant::now();
-    loop {
-        // Cleared before the wish is read: one that comes later wakes the wait below.
-        shared.wake.clear();
+    while let Some(wanted) = desk.wanted() {
         if monitor.is_none() {
             monitor = RulesetMonitor::open(&[TABLE, guard::TABLE]).ok();
         }
-        let wanted = {
-            let wanted = shared.lock();
-            if wanted.stop {
-                return;
-            }
-            wanted.filter.clone()
-        };
         if let (Some(current), true) = (&loaded, checked.elapsed() >= RECHECK) {
             checked = Instant::now();
             if listing(&current.filter).ok().as_ref() != Some(&current.listing) {
@@ -808,11 +750,11 @@ fn keep(shared: &Shared) {
             }
         }
         let failed = problem.is_some();
-        report(shared, problem);
+        report(desk, problem);
         let timeout = if failed { RETRY } else { RECHECK };
         match &mut monitor {
             Some(watched) => {
-                let [_, announced] = wait_readable([shared.wake.as_fd(), watched.as_fd()], timeout);
+                let [_, announced] = wait_readable([desk.wake.as_fd(), watched.as_fd()], timeout);
                 if announced {
                     match drain(watched, 0) {
                         Some(true) if loaded.is_some() => {
@@ -827,7 +769,7 @@ fn keep(shared: &Shared) {
                 }
             }
             None => {
-                wait_readable([shared.wake.as_fd()], timeout.min(RETRY));
+                wait_readable([desk.wake.as_fd()], timeout.min(RETRY));
             }
         }
     }
@@ -960,14 +902,12 @@ fn load_table(
     Ok(false)
 }
 
-fn report(shared: &Shared, problem: Option<String>) {
-    let mut wanted = shared.lock();
-    if wanted.problem != problem {
-        match &problem {
+fn report(desk: &Desk<Filter>, problem: Option<String>) {
+    if desk.report(Vec::from_iter(problem.clone())) {
+        match problem {
             Some(problem) => tracing::warn!("{problem}"),
             None => tracing::info!("peer filter and guard are in force again"),
         }
-        wanted.problem = problem;
     }
 }
 

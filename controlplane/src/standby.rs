@@ -18,6 +18,7 @@
 
 use core::net::IpAddr;
 use core::time::Duration;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use hashbrown::{HashMap, HashSet};
@@ -864,7 +865,7 @@ pub fn stale_devices(
 /// Settings of the device that live under `/proc/sys`, best effort: a container may have it read-only.
 pub fn reconcile_sysctls(name: &str) {
     // Router advertisements from inside the tunnel must not configure the node.
-    write_sysctl(&format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0");
+    write_sysctl(&format!("net/ipv6/conf/{name}/accept_ra"), "0");
     relax_reverse_path(name);
 }
 
@@ -875,15 +876,21 @@ pub fn reconcile_sysctls(name: &str) {
 pub fn relax_reverse_path(name: &str) {
     let all = std::fs::read_to_string("/proc/sys/net/ipv4/conf/all/rp_filter").unwrap_or_default();
     let wanted = if all.trim() == "1" { "2" } else { "0" };
-    write_sysctl(&format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"), wanted);
+    write_sysctl(&format!("net/ipv4/conf/{name}/rp_filter"), wanted);
 }
+
+/// Directory in place of `/proc/sys`, which a container has read-only: the host's, mounted elsewhere.
+const SYSCTL_VARIABLE: &str = "RIPSTOP_PROC_SYS";
 
 /// Writes a setting that is not there yet.
 fn write_sysctl(path: &str, wanted: &str) {
-    match std::fs::read_to_string(path) {
+    let path = std::env::var_os(SYSCTL_VARIABLE)
+        .map_or_else(|| PathBuf::from("/proc/sys"), PathBuf::from)
+        .join(path);
+    match std::fs::read_to_string(&path) {
         Ok(present) if present.trim() != wanted => {
-            if let Err(error) = std::fs::write(path, wanted) {
-                tracing::debug!(path, wanted, %error, "sysctl not written");
+            if let Err(error) = std::fs::write(&path, wanted) {
+                tracing::debug!(path = %path.display(), wanted, %error, "sysctl not written");
             }
         }
         _ => {}

@@ -13,7 +13,7 @@ use crate::traffic::Mode;
 pub const STATE_FILE: &str = "controlplane.json";
 
 /// A control plane's own account, as of its last change.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct State {
     /// This node's name.
@@ -58,6 +58,12 @@ pub struct State {
     pub unresolved: Vec<String>,
     /// What is wrong.
     pub problems: Vec<String>,
+    /// The parts that have these problems, each once.
+    #[serde(default)]
+    pub problem_parts: Vec<String>,
+    /// When the control plane started, in seconds since 1970.
+    #[serde(default)]
+    pub started: f64,
 }
 
 /// The masquerade and forward rules that a control plane keeps.

@@ -66,7 +66,7 @@ fn one_dash_two_dashes_and_variables_say_the_same() {
     let (text, status) = refused(&[], &variables);
     assert!(text.contains("/nowhere/variable"), "{text}");
     assert!(
-        text.contains("FLANNELD_PUBLIC_IP=\"here\" is not used"),
+        text.contains("FLANNELD_PUBLIC_IP=\"here\" is not used: invalid IPv4 address syntax; --public-ip takes IP (Address that"),
         "{text}"
     );
     assert_eq!(status, Some(1));
@@ -77,7 +77,84 @@ fn help_and_version_are_no_errors() {
     for flag in ["-h", "-help", "--help", "-version", "--version"] {
         let output = run(&[flag], &[]);
         assert!(output.status.success(), "{flag}");
-        let text = String::from_utf8(output.stdout).unwrap();
+        // Flannel's version goes to stderr.
+        let text = match flag.ends_with("version") {
+            true => output.stderr,
+            false => output.stdout,
+        };
+        let text = String::from_utf8(text).unwrap();
         assert!(text.contains("ripstop-controlplane"), "{flag}: {text}");
     }
+}
+
+#[test]
+fn logs_are_as_the_flags_say() {
+    let conf = "--net-config-path=/nowhere/net-conf.json";
+    let lines = |args: &[&str], variables: &[(&str, &str)]| {
+        let (text, status) = refused(&[&[conf], args].concat(), variables);
+        assert_eq!(status, Some(1), "{args:?}: {text}");
+        text
+    };
+    let unused = "--vmodule=lease=4 is not used";
+    let vmodule = ["-vmodule=lease=4", "-log_backtrace_at=main.go:1"];
+    for (verbosity, said) in [
+        ("-v=0", false),
+        ("-v=3", false),
+        ("--v=4", true),
+        ("-v=10", true),
+    ] {
+        let text = lines(&[&[verbosity], &vmodule[..]].concat(), &[]);
+        assert_eq!(text.contains(unused), said, "{verbosity}: {text}");
+        assert!(text.contains("/nowhere/net-conf.json"), "{text}");
+    }
+    assert!(lines(&vmodule, &[("FLANNELD_V", "5")]).contains(unused));
+    assert!(lines(&vmodule, &[("FLANNELD_LOG_LEVEL", "debug")]).contains(unused));
+    for (args, variables) in [
+        (&["--log-format=json"][..], &[][..]),
+        (&[], &[("RIPSTOP_LOG_FORMAT", "json")]),
+        (&[], &[("FLANNELD_LOG_FORMAT", "json")]),
+    ] {
+        let text = lines(args, variables);
+        for line in text.lines() {
+            let object: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert_eq!(object["level"], "ERROR", "{object}");
+            assert!(
+                object["message"].as_str().unwrap().contains("/nowhere"),
+                "{object}"
+            );
+        }
+        assert_eq!(text.lines().count(), 1, "{text}");
+    }
+    let (text, status) = refused(&["--log-format=xml"], &[]);
+    assert!(text.contains("[possible values: text, json]"), "{text}");
+    assert_eq!(status, Some(2));
+}
+
+#[test]
+fn a_health_address_that_cannot_be_had_ends_with_1_and_says_what_to_do() {
+    // Somebody has the port.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = format!("--healthz-port={}", taken.local_addr().unwrap().port());
+    for (args, words) in [
+        (
+            &["--healthz-ip=nowhere", "--healthz-port=8081"][..],
+            &["--healthz-ip \"nowhere\"", "0.0.0.0"][..],
+        ),
+        (
+            &["--healthz-ip=192.0.2.1", "--healthz-port=8081"],
+            &["192.0.2.1:8081", "no such address"],
+        ),
+        (
+            &["--healthz-ip=127.0.0.1", &port],
+            &["another program has the port", "--healthz-port"],
+        ),
+    ] {
+        let (text, status) = refused(args, &[]);
+        for word in words {
+            assert!(text.contains(word), "{word:?} is not in {text}");
+        }
+        assert_eq!(status, Some(1), "{text}");
+    }
+    let (_, status) = refused(&["--healthz-port=-1"], &[]);
+    assert_eq!(status, Some(2));
 }

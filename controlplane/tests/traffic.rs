@@ -344,6 +344,31 @@ fn a_duplicated_jump_is_mended_in_its_place() {
     assert_eq!(keeper.problems(), Vec::<String>::new());
 }
 
+/// Flannel's image brings an iptables of its own choice, which may have written where the system's does not look.
+#[test]
+fn what_the_other_variant_of_iptables_has_goes_and_others_rules_stay() {
+    let others = "-A FORWARD -o lo -j ACCEPT\n";
+    let left = IPTABLES.replace("-A FORWARD -m", &format!("{others}-A FORWARD -m"));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    for mode in MODES {
+        for program in ["iptables-legacy", "ip6tables-legacy"] {
+            let namespace = Namespace::new();
+            let is_six = program.starts_with("ip6");
+            let text = if is_six { six(&left) } else { left.clone() };
+            std::fs::write(file.path(), text).unwrap();
+            let restore = file.path().display().to_string();
+            namespace.command(&format!("{program}-restore"), &restore);
+            let keeper = keeper(&namespace, mode, wanted("10.244.1.0/24"));
+            wait_for(&namespace, mode, "the rules");
+            eventually("the old place holds what others put there", || {
+                let present = saved(&namespace, &format!("{program}-save"));
+                (!present.contains("FLANNEL") && present.contains(others)).then_some(())
+            });
+            assert_eq!(keeper.problems(), Vec::<String>::new());
+        }
+    }
+}
+
 const PORT: u16 = 9999;
 
 /// A node with a pod, and who is called outside.

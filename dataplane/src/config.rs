@@ -1,10 +1,10 @@
-//! Configuration of the workers: one JSON file per NIC queue in one directory.
+//! Configuration of the workers: one JSON file per NIC queue in one directory, or a template for all queues of a NIC.
 //!
 //! Three steps, each a plain function. [`load_dir`] turns files into checked
 //! values and knows nothing of the machine. [`HostFacts::read`] asks the
 //! machine. [`check_host`] holds one against the other. Each collects every
 //! error that it can find, so that all are mended in one go; nothing has been
-//! opened, allocated or attached by then.
+//! opened, allocated or attached by then. What becomes of templates is in [`crate::auto`].
 //!
 //! The raw types mirror the file. The checked types cannot hold a ring size
 //! that is not a power of two, or a UMEM that is too small for its rings.
@@ -49,6 +49,34 @@ pub struct WorkerConfig {
     pub napi_deferral: Option<NapiDeferral>,
     /// Which CPUs get the queue's interrupt.
     pub interrupt: Interrupt,
+}
+
+/// A file that stands for several workers: those of a NIC's queues.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Template {
+    /// File that this came from.
+    pub file: PathBuf,
+    /// The NIC's name; `None` is `auto`: the NIC that the tunnel packets leave by.
+    pub nic: Option<String>,
+    /// Receive queues; `None` is `auto`: all.
+    pub queues: Option<BTreeSet<u32>>,
+    /// CPUs to choose from; `None` is `auto`: all that the process may run on.
+    pub cpus: Option<BTreeSet<u32>>,
+    /// The rest of the file, with NIC, queue and CPU still to be filled in.
+    pub worker: WorkerConfig,
+    /// The keys of that rest, as they are written.
+    pub keys: serde_json::Map<String, serde_json::Value>,
+}
+
+/// What a directory holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Configured {
+    /// One per file for a queue.
+    pub workers: Vec<WorkerConfig>,
+    /// One per file for the queues of a NIC.
+    pub templates: Vec<Template>,
 }
 
 /// How frames get from the NIC into the UMEM.
@@ -311,6 +339,54 @@ pub enum ConfigError {
         /// What the parser says, with line and column.
         source: serde_json::Error,
     },
+    /// A file is about one queue and about several.
+    #[error("{}: {one} and {several} do not go together: a file for one queue has queue and cpu, a template for several has queues and, if wanted, cpus", .file.display())]
+    OneAndSeveral {
+        /// File.
+        file: PathBuf,
+        /// Key of a file for one queue.
+        one: &'static str,
+        /// Key of a template.
+        several: &'static str,
+    },
+    /// A template's list is no list.
+    #[error("{}: {key}: {value:?} is neither \"auto\" nor a list such as \"0-3,8\": correct it there", .file.display())]
+    List {
+        /// File.
+        file: PathBuf,
+        /// Key.
+        key: &'static str,
+        /// The value.
+        value: String,
+    },
+    /// It cannot be told which NIC a template means.
+    #[error("{}: nic: \"auto\" finds none: {problem}: name the NIC there, or the interface with --iface", .file.display())]
+    NoUnderlay {
+        /// File.
+        file: PathBuf,
+        /// What was sought in vain.
+        problem: String,
+    },
+    /// A template leaves no CPU to run on.
+    #[error("{}: cpus: this process may run on none of {wanted}, only on {allowed}: use some of these, or widen its cpuset", .file.display())]
+    NoCpu {
+        /// File.
+        file: PathBuf,
+        /// CPUs to choose from, as ranges.
+        wanted: String,
+        /// CPUs allowed, as ranges.
+        allowed: String,
+    },
+    /// Two templates are about one NIC.
+    #[error("{} and {}: both are templates for NIC {nic}: remove one, or name another NIC there", .first.display(), .second.display())]
+    DuplicateTemplate {
+        /// One file.
+        first: PathBuf,
+        /// The other file.
+        second: PathBuf,
+        /// NIC of both.
+        nic: String,
+    },
     /// Not the name of a NIC.
     #[error("{}: nic: {nic:?} cannot be the name of a NIC: 1 to 15 bytes without space or slash", .file.display())]
     NicName {
@@ -516,7 +592,7 @@ impl ConfigErrors {
     }
 
     /// `value`, unless there were errors.
-    fn unless<T>(errors: Vec<ConfigError>, value: T) -> Result<T, Self> {
+    pub(crate) fn unless<T>(errors: Vec<ConfigError>, value: T) -> Result<T, Self> {
         if errors.is_empty() {
             Ok(value)
         } else {
@@ -630,8 +706,10 @@ impl fmt::Display for ConfigWarning {
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct RawWorker {
     nic: String,
-    queue: u32,
-    cpu: u32,
+    queue: Option<u32>,
+    cpu: Option<u32>,
+    queues: Option<String>,
+    cpus: Option<String>,
     #[serde(default)]
     mode: Mode,
     #[serde(default)]
@@ -723,14 +801,14 @@ const fn default_burst() -> u32 {
 
 /// Reads every `*.json` file of `directory`, in the order of their names.
 /// Hidden files are editors' and are left out.
-pub fn load_dir(directory: &Path) -> Result<Vec<WorkerConfig>, ConfigErrors> {
+pub fn load_dir(directory: &Path) -> Result<Configured, ConfigErrors> {
     let files = list(directory).map_err(|source| {
         ConfigErrors(vec![ConfigError::Directory {
             path: directory.to_owned(),
             source,
         }])
     })?;
-    let mut workers: Vec<WorkerConfig> = Vec::new();
+    let mut configured = Configured::default();
     let mut errors = Vec::new();
     if files.is_empty() {
         errors.push(ConfigError::Empty {
@@ -739,42 +817,59 @@ pub fn load_dir(directory: &Path) -> Result<Vec<WorkerConfig>, ConfigErrors> {
     }
     for file in files {
         let parsed = match fs::read_to_string(&file) {
-            Ok(text) => WorkerConfig::parse(&file, &text),
+            Ok(text) => File::parse(&file, &text),
             Err(source) => Err(ConfigErrors(vec![ConfigError::Read { file, source }])),
         };
         match parsed {
-            Ok(worker) => {
-                let same = |other: &&WorkerConfig| {
-                    (&other.nic, other.queue) == (&worker.nic, worker.queue)
-                };
-                if let Some(first) = workers.iter().find(same) {
-                    errors.push(ConfigError::DuplicateQueue {
-                        first: first.file.clone(),
-                        second: worker.file.clone(),
-                        nic: worker.nic.clone(),
-                        queue: worker.queue,
-                    });
-                }
-                let differs = |other: &&WorkerConfig| {
-                    other.nic == worker.nic
-                        && other.napi_deferral.is_some()
-                        && other.napi_deferral != worker.napi_deferral
-                };
-                if worker.napi_deferral.is_some()
-                    && let Some(first) = workers.iter().find(differs)
-                {
-                    errors.push(ConfigError::DifferentDeferral {
-                        first: first.file.clone(),
-                        second: worker.file.clone(),
-                        nic: worker.nic.clone(),
-                    });
-                }
-                workers.push(worker);
+            Ok(File::Worker(worker)) => {
+                errors.extend(conflicts(&configured.workers, &worker));
+                configured.workers.push(worker);
             }
+            Ok(File::Template(template)) => configured.templates.push(template),
             Err(found) => errors.extend(found.0),
         }
     }
+    ConfigErrors::unless(errors, configured)
+}
+
+/// Puts together the workers of several files.
+///
+/// # Errors
+/// Two are about one queue, or want different things of one NIC.
+pub fn together(workers: Vec<WorkerConfig>) -> Result<Vec<WorkerConfig>, ConfigErrors> {
+    let errors = (0..workers.len())
+        .flat_map(|at| conflicts(&workers[..at], &workers[at]))
+        .collect();
     ConfigErrors::unless(errors, workers)
+}
+
+/// What of `worker` contradicts those before it.
+fn conflicts(before: &[WorkerConfig], worker: &WorkerConfig) -> Vec<ConfigError> {
+    let mut errors = Vec::new();
+    let same = |other: &&WorkerConfig| (&other.nic, other.queue) == (&worker.nic, worker.queue);
+    if let Some(first) = before.iter().find(same) {
+        errors.push(ConfigError::DuplicateQueue {
+            first: first.file.clone(),
+            second: worker.file.clone(),
+            nic: worker.nic.clone(),
+            queue: worker.queue,
+        });
+    }
+    let differs = |other: &&WorkerConfig| {
+        other.nic == worker.nic
+            && other.napi_deferral.is_some()
+            && other.napi_deferral != worker.napi_deferral
+    };
+    if worker.napi_deferral.is_some()
+        && let Some(first) = before.iter().find(differs)
+    {
+        errors.push(ConfigError::DifferentDeferral {
+            first: first.file.clone(),
+            second: worker.file.clone(),
+            nic: worker.nic.clone(),
+        });
+    }
+    errors
 }
 
 fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
@@ -796,20 +891,103 @@ fn list(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-impl WorkerConfig {
+/// The text of one file, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum File {
+    /// For one queue.
+    Worker(WorkerConfig),
+    /// For the queues of a NIC.
+    Template(Template),
+}
+
+/// What a template says where the node is to choose.
+const AUTO: &str = "auto";
+
+impl File {
     /// Checks the text of one file; `file` is its name in errors.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it.
     pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigErrors> {
-        let raw = serde_json::from_str(text).map_err(|source| {
+        let key = |source| ConfigError::Key {
+            file: file.to_owned(),
+            source,
+        };
+        let raw: RawWorker = serde_json::from_str(text).map_err(|source| {
             let file = file.to_owned();
             ConfigErrors(vec![if source.is_data() {
-                ConfigError::Key { file, source }
+                key(source)
             } else {
                 ConfigError::Syntax { file, source }
             }])
         })?;
-        Self::check(file, raw)
+        let one = raw.queue.map(|_| "queue").or(raw.cpu.map(|_| "cpu"));
+        let several = raw.queues.as_ref().map(|_| "queues");
+        if let (Some(one), Some(several)) = (one, several.or(raw.cpus.as_ref().map(|_| "cpus"))) {
+            return Err(ConfigErrors(vec![ConfigError::OneAndSeveral {
+                file: file.to_owned(),
+                one,
+                several,
+            }]));
+        }
+        if several.is_none() {
+            let missing = [("queue", raw.queue), ("cpu", raw.cpu)]
+                .into_iter()
+                .filter(|(_, value)| value.is_none());
+            let missing: Vec<ConfigError> = missing
+                .map(|(name, _)| key(serde::de::Error::missing_field(name)))
+                .collect();
+            ConfigErrors::unless(missing, ())?;
+            return WorkerConfig::check(file, raw).map(Self::Worker);
+        }
+        Template::check(file, text, raw).map(Self::Template)
     }
+}
 
+impl Template {
+    fn check(file: &Path, text: &str, mut raw: RawWorker) -> Result<Self, ConfigErrors> {
+        let mut errors = Vec::new();
+        let mut list = |key, value: Option<String>| {
+            let value = value.filter(|value| value != AUTO)?;
+            let list = parse_cpu_list(&value);
+            if list.is_none() {
+                errors.push(ConfigError::List {
+                    file: file.to_owned(),
+                    key,
+                    value,
+                });
+            }
+            list
+        };
+        let queues = list("queues", raw.queues.take());
+        let cpus = list("cpus", raw.cpus.take());
+        let nic = Some(raw.nic.clone()).filter(|nic| nic != AUTO);
+        let worker = match WorkerConfig::check(file, raw) {
+            Ok(worker) => worker,
+            Err(found) => {
+                errors.extend(found.0);
+                return Err(ConfigErrors(errors));
+            }
+        };
+        let mut keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)
+            .map_err(|source| {
+                let file = file.to_owned();
+                ConfigErrors(vec![ConfigError::Key { file, source }])
+            })?;
+        keys.retain(|key, _| !["nic", "queues", "cpus"].contains(&key.as_str()));
+        let template = Self {
+            file: file.to_owned(),
+            nic,
+            queues,
+            cpus,
+            worker,
+            keys,
+        };
+        ConfigErrors::unless(errors, template)
+    }
+}
+
+impl WorkerConfig {
     fn check(file: &Path, raw: RawWorker) -> Result<Self, ConfigErrors> {
         let mut errors = Vec::new();
         let name_fits = (1..=15).contains(&raw.nic.len())
@@ -866,8 +1044,8 @@ impl WorkerConfig {
         let worker = Self {
             file: file.to_owned(),
             nic: raw.nic,
-            queue: raw.queue,
-            cpu: raw.cpu,
+            queue: raw.queue.unwrap_or_default(),
+            cpu: raw.cpu.unwrap_or_default(),
             mode: raw.mode,
             rings,
             umem: Umem {
@@ -997,6 +1175,8 @@ pub struct HostFacts {
     pub huge_pages_total: u64,
     /// The machine's NUMA nodes by number; a machine without them has one or none.
     pub numa_nodes: BTreeMap<u32, NumaNode>,
+    /// CPUs that share their core with one of a lower number.
+    pub siblings: BTreeSet<u32>,
 }
 
 /// What belongs to one NUMA node.
@@ -1039,6 +1219,7 @@ const STATUS: &str = "/proc/thread-self/status";
 const LIMITS: &str = "/proc/thread-self/limits";
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 const NODES: &str = "/sys/devices/system/node";
+const CPUS: &str = "/sys/devices/system/cpu";
 
 /// A count of huge pages; a kernel without them has none to offer.
 fn huge_pages(directory: &Path, name: &str) -> u64 {
@@ -1065,6 +1246,26 @@ fn numa_nodes(directory: &Path) -> BTreeMap<u32, NumaNode> {
         Some((number.parse().ok()?, node))
     };
     entries.filter_map(node).collect()
+}
+
+/// The CPUs below `directory` that share their core with one of a lower number.
+fn siblings(directory: &Path) -> BTreeSet<u32> {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return BTreeSet::new();
+    };
+    let sibling = |entry: io::Result<fs::DirEntry>| {
+        let path = entry.ok()?.path();
+        let number: u32 = path
+            .file_name()?
+            .to_str()?
+            .strip_prefix("cpu")?
+            .parse()
+            .ok()?;
+        let core = fs::read_to_string(path.join("topology/thread_siblings_list")).ok()?;
+        let first = parse_cpu_list(core.trim())?.into_iter().next()?;
+        (first < number).then_some(number)
+    };
+    entries.filter_map(sibling).collect()
 }
 
 impl HostFacts {
@@ -1103,6 +1304,7 @@ impl HostFacts {
             huge_pages_free: huge_pages(Path::new(HUGE_PAGES), "free_hugepages"),
             huge_pages_total: huge_pages(Path::new(HUGE_PAGES), "nr_hugepages"),
             numa_nodes: numa_nodes(Path::new(NODES)),
+            siblings: siblings(Path::new(CPUS)),
         })
     }
 }
@@ -1123,7 +1325,12 @@ pub(crate) fn parse_cpu_list(list: &str) -> Option<BTreeSet<u32>> {
     let mut cpus = BTreeSet::new();
     for range in list.split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
-        cpus.extend(first.parse::<u32>().ok()?..=last.parse().ok()?);
+        let (first, last) = (first.parse::<u32>().ok()?, last.parse().ok()?);
+        // More than any machine has: a slip that would fill the memory.
+        if first > last || last > u32::from(u16::MAX) {
+            return None;
+        }
+        cpus.extend(first..=last);
     }
     Some(cpus)
 }
@@ -1385,7 +1592,7 @@ mod tests {
             assert_eq!(format_cpu_list(&parse_cpu_list(text).unwrap()), text);
         }
         assert_eq!(parse_cpu_list("2-3").unwrap(), BTreeSet::from([2, 3]));
-        for text in ["", "a", "1-", "0,,2"] {
+        for text in ["", "a", "1-", "0,,2", "3-1", "0-4294967295"] {
             assert_eq!(parse_cpu_list(text), None, "{text:?}");
         }
     }
@@ -1411,6 +1618,20 @@ mod tests {
         };
         let expected = BTreeMap::from([(0, first), (12, NumaNode::default())]);
         assert_eq!(numa_nodes(root.path()), expected);
+    }
+
+    #[test]
+    fn siblings_are_read() {
+        let root = tempfile::tempdir().unwrap();
+        assert_eq!(siblings(&root.path().join("none")), BTreeSet::new());
+        for (cpu, core) in [(0, "0,4"), (1, "1,5"), (4, "0,4"), (5, "1,5"), (6, "6")] {
+            let topology = root.path().join(format!("cpu{cpu}/topology"));
+            fs::create_dir_all(&topology).unwrap();
+            fs::write(topology.join("thread_siblings_list"), format!("{core}\n")).unwrap();
+        }
+        fs::create_dir(root.path().join("cpu7")).unwrap();
+        fs::create_dir(root.path().join("cpufreq")).unwrap();
+        assert_eq!(siblings(root.path()), BTreeSet::from([4, 5]));
     }
 
     #[test]

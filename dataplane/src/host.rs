@@ -26,6 +26,7 @@ use ripstop_fib::map::{self, MapError, Mapping, ProcessLock};
 use ripstop_fib::stats::{KernelCounter, Mode, Polling, Stats, WorkerIdentity};
 use ripstop_fib::{Node, Reader, Region};
 
+use crate::auto::{self, NetFiles};
 use crate::config::{self, ConfigErrors, HostFacts, WorkerConfig};
 use crate::nic::{Nic, NicError};
 use crate::nic_queue::NicQueue;
@@ -55,8 +56,10 @@ const DRAIN: Duration = Duration::from_millis(50);
 /// Where the data plane finds its files.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Directory with one JSON file per NIC queue.
+    /// Directory with one JSON file per NIC queue, or templates.
     pub config_dir: PathBuf,
+    /// Interfaces that a template's NIC may be meant by, names or addresses.
+    pub ifaces: Vec<String>,
     /// Directory of the shared-memory regions.
     pub run_dir: PathBuf,
 }
@@ -163,13 +166,53 @@ pub enum HostError {
     },
 }
 
+/// What a configuration directory comes to on this machine.
+#[derive(Debug)]
+pub struct Planned {
+    /// From files for one queue.
+    pub workers: Vec<WorkerConfig>,
+    /// From templates.
+    pub chosen: Vec<auto::Worker>,
+    /// The machine.
+    pub facts: HostFacts,
+}
+
+/// Reads the configuration and makes workers of its templates, with a line of log for what is decided.
+///
+/// # Errors
+/// What is wrong in the files, or a template that fits nothing here.
+pub fn plan(config_dir: &Path, ifaces: &[String]) -> Result<Planned, HostError> {
+    let configured = config::load_dir(config_dir)?;
+    let templates = auto::resolve(configured.templates, ifaces, &NetFiles::default())?;
+    let workers = configured.workers;
+    let nics = workers.iter().map(|worker| &worker.nic);
+    let nics = nics.chain(templates.iter().flat_map(|template| &template.nics));
+    let facts = HostFacts::read(nics.map(String::as_str))?;
+    let places = ripstop_fib::stats::WORKERS.saturating_sub(workers.len());
+    let explain = |text: String| tracing::info!("{text}");
+    let chosen = auto::expand(&workers, &templates, &facts, places, explain)?;
+    Ok(Planned {
+        workers,
+        chosen,
+        facts,
+    })
+}
+
 /// Reads and checks the configuration against the machine, and changes nothing.
 ///
 /// # Errors
 /// Everything that is wrong, at once.
-pub fn check(config_dir: &Path) -> Result<(Vec<WorkerConfig>, HostFacts), HostError> {
-    let workers = config::load_dir(config_dir)?;
-    let facts = HostFacts::read(workers.iter().map(|worker| worker.nic.as_str()))?;
+pub fn check(
+    config_dir: &Path,
+    ifaces: &[String],
+) -> Result<(Vec<WorkerConfig>, HostFacts), HostError> {
+    let Planned {
+        mut workers,
+        chosen,
+        facts,
+    } = plan(config_dir, ifaces)?;
+    workers.extend(chosen.into_iter().map(|worker| worker.config));
+    let workers = config::together(workers)?;
     config::check_host(&workers, &facts)?;
     check_modes(&workers)?;
     at_most("workers", workers.len(), ripstop_fib::stats::WORKERS)?;
@@ -185,7 +228,7 @@ pub fn check(config_dir: &Path) -> Result<(Vec<WorkerConfig>, HostFacts), HostEr
 /// # Errors
 /// When it cannot be set up, or has to stop because a NIC is gone.
 pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> {
-    let (workers, facts) = check(&options.config_dir)?;
+    let (workers, facts) = check(&options.config_dir, &options.ifaces)?;
     let lock = ProcessLock::acquire(&options.run_dir, map::DATAPLANE_LOCK)?;
     let regions = Regions::open(&options.run_dir)?;
     let mut settings = NicSettings::open(&options.run_dir);
@@ -489,6 +532,7 @@ fn identity(
             (AttachedMode::Native, af_xdp::ModeInUse::ZeroCopy) => Mode::ZeroCopy,
             (AttachedMode::Native, af_xdp::ModeInUse::Copy) => Mode::Copy,
         },
+        wants_zero_copy: matches!(config.mode, config::Mode::Auto | config::Mode::ZeroCopy),
         polling: match config.polling {
             config::Polling::Busy => Polling::Busy,
             config::Polling::Adaptive => Polling::Adaptive,

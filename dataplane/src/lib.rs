@@ -6,6 +6,7 @@
 //! What is absent: no lock, no allocation, no log and no clock on a packet's way; no word to Kubernetes or etcd; no
 //! call to the control plane, ever. All that comes from there is the fib region in shared memory.
 
+pub mod auto;
 pub mod config;
 mod ecn;
 pub mod encap;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use ripstop_dataplane::host;
+use ripstop_dataplane::{auto, host};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
@@ -14,15 +14,22 @@ use tracing_subscriber::EnvFilter;
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// Directory with one JSON file per NIC queue.
+    /// Directory with one JSON file per NIC queue, or a template with "queues": "auto".
     #[arg(long, default_value = "/etc/ripstop/dataplane")]
     config_dir: PathBuf,
     /// Directory of the shared-memory regions, the same as the control plane's.
     #[arg(long, default_value = "/run/ripstop")]
     run_dir: PathBuf,
+    /// Interface, or its address, whose NICs a template with "nic": "auto" means; the first that exists is used
+    /// [default: the default route's]
+    #[arg(long, env = "FLANNELD_IFACE", value_name = "NAME|IP")]
+    iface: Vec<String>,
     /// Checks the configuration against this machine and exits.
     #[arg(long)]
     check: bool,
+    /// Writes what templates come to on this machine, one file per NIC queue, into a directory and exits.
+    #[arg(long, value_name = "DIR", conflicts_with = "check")]
+    generate_configs: Option<PathBuf>,
     /// What to log: error, warn, info, debug, or a filter such as "info,ripstop_dataplane::xdp=debug".
     #[arg(long, default_value = "info")]
     log_level: String,
@@ -64,8 +71,18 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         )
         .init();
     filter?;
+    // A variable may be set and empty.
+    let given = arguments.iface.iter().filter(|iface| !iface.is_empty());
+    let ifaces: Vec<String> = given.cloned().collect();
+    if let Some(directory) = &arguments.generate_configs {
+        let planned = host::plan(&arguments.config_dir, &ifaces)?;
+        for path in auto::write(directory, &planned.chosen).context("--generate-configs")? {
+            tracing::info!("{} written", path.display());
+        }
+        return Ok(());
+    }
     if arguments.check {
-        let (workers, _facts) = host::check(&arguments.config_dir)?;
+        let (workers, _facts) = host::check(&arguments.config_dir, &ifaces)?;
         tracing::info!(
             workers = workers.len(),
             "the configuration is good for this machine"
@@ -85,6 +102,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .context("start the signal thread")?;
     let options = host::Options {
         config_dir: arguments.config_dir.clone(),
+        ifaces,
         run_dir: arguments.run_dir.clone(),
     };
     host::run(&options, &receiver)?;

@@ -13,6 +13,7 @@
 
 use core::ffi::CStr;
 use core::mem;
+use core::net::IpAddr;
 use core::ptr;
 use std::fs;
 use std::io;
@@ -139,6 +140,52 @@ impl Nic {
         // SAFETY: from if_nameindex, freed once, not used afterwards.
         unsafe { libc::if_freenameindex(list) };
         names
+    }
+}
+
+/// Name of the interface in this network namespace that has `address`.
+pub fn interface_of(address: IpAddr) -> Option<String> {
+    let mut list = ptr::null_mut();
+    // SAFETY: writes the head of a list that stays ours until freed below, or fails and leaves the pointer null.
+    unsafe { libc::getifaddrs(&raw mut list) };
+    let mut next = list;
+    let mut found = None;
+    while !next.is_null() && found.is_none() {
+        // SAFETY: not null, so a whole entry, written before the call returned.
+        let entry = unsafe { ptr::read(next) };
+        if address_in(entry.ifa_addr) == Some(address) {
+            // SAFETY: the name of an entry is a terminated string that lives as long as the list.
+            let name = unsafe { CStr::from_ptr(entry.ifa_name) };
+            found = Some(name.to_string_lossy().into_owned());
+        }
+        next = entry.ifa_next;
+    }
+    if !list.is_null() {
+        // SAFETY: from getifaddrs, freed once, not used afterwards.
+        unsafe { libc::freeifaddrs(list) };
+    }
+    found
+}
+
+/// The IP address in an entry of getifaddrs, which may have one of another kind or none.
+fn address_in(address: *const libc::sockaddr) -> Option<IpAddr> {
+    if address.is_null() {
+        return None;
+    }
+    // SAFETY: not null, so at least a sockaddr, whose family says what it is.
+    let family = unsafe { ptr::read_unaligned(address) }.sa_family;
+    match i32::from(family) {
+        libc::AF_INET => {
+            // SAFETY: of this family, so a whole sockaddr_in.
+            let v4 = unsafe { ptr::read_unaligned(address.cast::<libc::sockaddr_in>()) };
+            Some(IpAddr::V4(u32::from_be(v4.sin_addr.s_addr).into()))
+        }
+        libc::AF_INET6 => {
+            // SAFETY: of this family, so a whole sockaddr_in6.
+            let v6 = unsafe { ptr::read_unaligned(address.cast::<libc::sockaddr_in6>()) };
+            Some(IpAddr::V6(v6.sin6_addr.s6_addr.into()))
+        }
+        _ => None,
     }
 }
 
@@ -419,6 +466,13 @@ mod tests {
         assert_eq!((loopback.index, loopback.rx_queues), (1, 1));
         assert_eq!(loopback.mac, [0; 6]);
         assert_eq!(loopback.numa_node, None);
+    }
+
+    #[test]
+    fn the_owner_of_an_address_is_known() {
+        let owner = |address: &str| interface_of(address.parse().unwrap());
+        assert_eq!(owner("127.0.0.1").as_deref(), Some("lo"));
+        assert_eq!(owner("192.0.2.77"), None);
     }
 
     #[test]

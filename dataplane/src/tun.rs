@@ -15,6 +15,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 
 use af_xdp::Umem;
 
@@ -77,16 +78,23 @@ pub fn open(queues: usize) -> Result<Vec<TunQueue>, TunError> {
     // Packets come in here while the way back may still lead through the standby. A reverse-path filter takes that for
     // forgery, even a loose one (2, as systemd sets it for new devices), because this device has no address
     // (net/ipv4/fib_frontend.c, `last_resort` in `__fib_validate_source`). The workers check each source.
-    let _ = std::fs::write(
-        format!("/proc/sys/net/ipv4/conf/{HOST_DOOR}/rp_filter"),
-        "0",
-    );
+    let _ = std::fs::write(sysctl("ipv4", "rp_filter"), "0");
     set_up(QUEUE_PACKETS).map_err(|source| TunError::Refused {
         operation: "bring up",
         source,
         advice: "the process needs CAP_NET_ADMIN",
     })?;
     Ok(opened)
+}
+
+/// Directory in place of `/proc/sys`, which a container has read-only: the host's, mounted elsewhere.
+const SYSCTL_VARIABLE: &str = "RIPSTOP_PROC_SYS";
+
+/// The file of a setting of the device.
+fn sysctl(family: &str, setting: &str) -> PathBuf {
+    std::env::var_os(SYSCTL_VARIABLE)
+        .map_or_else(|| PathBuf::from("/proc/sys"), PathBuf::from)
+        .join(format!("net/{family}/conf/{HOST_DOOR}/{setting}"))
 }
 
 /// Least MTU for IPv6 (RFC 8200 section 5); the kernel has no IPv6 on a device of less.
@@ -116,8 +124,7 @@ fn configure_nothing() {
         ("autoconf", "0"),
         ("router_solicitations", "0"),
     ] {
-        let path = format!("/proc/sys/net/ipv6/conf/{HOST_DOOR}/{setting}");
-        let _ = std::fs::write(path, value);
+        let _ = std::fs::write(sysctl("ipv6", setting), value);
     }
 }
 
@@ -126,7 +133,7 @@ fn configure_nothing() {
 /// # Errors
 /// When the kernel has no IPv6, or does not let this process change it.
 pub fn enable_ipv6() -> io::Result<()> {
-    let path = format!("/proc/sys/net/ipv6/conf/{HOST_DOOR}/disable_ipv6");
+    let path = sysctl("ipv6", "disable_ipv6");
     if std::fs::read_to_string(&path)?.trim() == "0" {
         return Ok(());
     }

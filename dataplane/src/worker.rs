@@ -15,7 +15,7 @@ use ripstop_fib::{Reader, Word};
 
 use crate::forward;
 use crate::kind::Kind;
-use crate::pace::{Due, Pace};
+use crate::pace::{Cycles, Due, Pace};
 use crate::port::{Burst, Port};
 use crate::table::Table;
 use crate::verdict::{DropReason, FromHost, FromNic};
@@ -107,10 +107,14 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
             let work = self.turn();
             match pace.after_turn(work) {
                 Due::Turn => {}
-                Due::Housekeeping(now_ns) => self.housekeeping(now_ns),
+                Due::Housekeeping(now_ns) => {
+                    self.count_cycles(pace.take_cycles());
+                    self.housekeeping(now_ns);
+                }
                 Due::Sleep(housekeeping) => {
                     self.counters.add(Counter::Sleeps, 1);
                     if let Some(now_ns) = housekeeping {
+                        self.count_cycles(pace.take_cycles());
                         self.housekeeping(now_ns);
                     }
                     pace.sleep();
@@ -134,6 +138,11 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
         self.counters
             .add(Counter::BusyTurns, u64::from(received > 0));
         received + self.nic.pending()
+    }
+
+    fn count_cycles(&mut self, cycles: Cycles) {
+        self.counters.add(Counter::BusyCycles, cycles.busy);
+        self.counters.add(Counter::IdleCycles, cycles.idle);
     }
 
     /// Publishes counters and heartbeat.

@@ -8,8 +8,8 @@ use std::fs;
 use std::path::Path;
 
 use ripstop_dataplane::config::{
-    self, BusyPoll, Capabilities, ConfigErrors, ConfigWarning, FrameSize, HostDoor, HostFacts,
-    Interrupt, Mode, NapiDeferral, NumaNode, Polling, WorkerConfig,
+    self, BusyPoll, Capabilities, ConfigErrors, ConfigWarning, File, FrameSize, HostDoor,
+    HostFacts, Interrupt, Mode, NapiDeferral, NumaNode, Polling, WorkerConfig,
 };
 use ripstop_dataplane::nic::Nic;
 
@@ -21,7 +21,7 @@ fn load(files: &[(&str, &str)]) -> Result<Vec<WorkerConfig>, ConfigErrors> {
     for (name, text) in files {
         fs::write(directory.path().join(name), text).unwrap();
     }
-    config::load_dir(directory.path())
+    config::load_dir(directory.path()).map(|configured| configured.workers)
 }
 
 /// One worker, from a minimal file with `keys` added.
@@ -351,6 +351,7 @@ fn host() -> HostFacts {
         huge_pages_free: 0,
         huge_pages_total: 5,
         numa_nodes: BTreeMap::new(),
+        siblings: BTreeSet::new(),
     }
 }
 
@@ -546,19 +547,28 @@ fn odd_but_working_choices_are_warned_about() {
 #[test]
 fn every_file_that_is_shipped_is_valid() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/dataplane");
-    let workers = config::load_dir(&directory).unwrap();
-    for worker in &workers {
+    let configured = config::load_dir(&directory).unwrap();
+    assert!(!configured.workers.is_empty());
+    for worker in &configured.workers {
         let name = format!("{}-q{}.json", worker.nic, worker.queue);
         assert_eq!(worker.file.file_name().unwrap().to_str().unwrap(), name);
     }
+    let template = config::load_dir(&directory.join("auto")).unwrap();
+    assert_eq!((template.workers.len(), template.templates.len()), (0, 1));
     // So are the examples in its README; the long one says what it claims to say.
     let readme = fs::read_to_string(directory.join("README.md")).unwrap();
     let mut examples = readme.split("```json\n").skip(1).map(|rest| {
         let text = rest.split("```").next().unwrap();
-        WorkerConfig::parse(Path::new("README.md"), text).unwrap()
+        File::parse(Path::new("README.md"), text).unwrap()
     });
-    let short = examples.next().unwrap();
-    let mut long = examples.next().unwrap();
+    let template = examples.next().unwrap();
+    assert!(matches!(template, File::Template(_)), "{template:?}");
+    let mut worker = || match examples.next().unwrap() {
+        File::Worker(worker) => worker,
+        File::Template(template) => panic!("{template:?}"),
+    };
+    let short = worker();
+    let mut long = worker();
     assert!(long.busy_poll.take().is_some());
     assert!(long.napi_deferral.take().is_some());
     assert_eq!(short, long);

@@ -6,11 +6,16 @@
 
 mod packets;
 
+use core::sync::atomic::AtomicBool;
+use core::time::Duration;
+use std::time::Instant;
+
 use af_xdp::{Umem, UmemOptions};
 use packets::{Inner, Tunnel, image_of};
 use ripstop_dataplane::memory::{Faults, MemoryPort, Random};
+use ripstop_dataplane::pace::Pace;
 use ripstop_dataplane::worker::{Parts, Worker};
-use ripstop_fib::stats::{Counter, Gauge, STATS_WORDS, Stats};
+use ripstop_fib::stats::{Counter, Gauge, Polling, STATS_WORDS, Stats};
 use ripstop_fib::sync::{Ordering, words};
 use ripstop_fib::{DropReason, Publisher, Reader, Region, Word, publish};
 
@@ -257,6 +262,36 @@ fn a_new_table_is_followed_between_bursts_and_its_generation_published() {
         assert_eq!((seen.generation, seen.heartbeat_ns), (expected, expected));
     }
     assert_eq!(worker.counters().get(Counter::ImageSwitches), 20);
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn turns_with_packets_and_turns_without_are_timed_apart() {
+    let regions = Regions::new();
+    regions.publish(&image_of(1));
+    let mut worker = regions.worker(Faults::default(), 1);
+    let mut random = Random::new(1);
+    let (_, nic, _) = worker.ports();
+    nic.incoming
+        .extend((0..500).map(|_| wire_frame(&mut random)));
+    regions.stats().announce(1, 0);
+    let (stop, stats) = (AtomicBool::new(false), regions.stats());
+    let counted = |counter| stats.workers()[0].counters.get(counter);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let both = || counted(Counter::BusyCycles) > 0 && counted(Counter::IdleCycles) > 0;
+            while !both() && start.elapsed() < Duration::from_secs(60) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        worker.run(&mut Pace::new(Polling::Busy, Vec::new()), &stop);
+    });
+    let (busy, packets) = (counted(Counter::BusyCycles), counted(Counter::NicRxPackets));
+    println!("{} cycles per packet, unoptimized", busy / packets);
+    assert!(busy > packets, "a packet takes more than a cycle");
+    assert!(counted(Counter::IdleCycles) > 0);
 }
 
 #[test]

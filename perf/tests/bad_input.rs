@@ -11,9 +11,14 @@
     reason = "a test asserts; what only has to work goes through `?`"
 )]
 
+#[expect(dead_code, reason = "it is made for more tests than this one")]
+#[path = "../../controlplane/tests/common/api.rs"]
+mod api;
+
 use core::time::Duration;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
@@ -21,6 +26,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 
 use anyhow::{Context, Result};
+use api::Api;
 use ripstop_fib::map::{self, DATAPLANE_LOCK, FIB_FILE, STATS_FILE};
 use ripstop_fib::stats::Stats;
 use ripstop_fib::sync::Ordering;
@@ -480,6 +486,86 @@ fn garbage_in_place_of_statistics_leads_to_the_standby() -> Result<()> {
         let lost_by_the_kill = traffic.lost_before(&killed, Duration::from_millis(300));
         let lost: u64 = traffic.stop().iter().map(|report| report.lost).sum();
         assert_eq!(lost, lost_by_the_kill, "by anything but the kill");
+        Ok(())
+    })
+}
+
+/// Nodes of a cluster that are wrong in each way, one after the other, while the good ones talk.
+#[test]
+fn a_bad_node_of_the_cluster_is_named_and_disturbs_nobody() -> Result<()> {
+    let _machine = machine();
+    Lab::builder().ripstop(2).run(|lab| {
+        let address = (lab.fabric().address(), 0);
+        let listener = lab.fabric().netns().run(|| TcpListener::bind(address))?;
+        let api = Api::serve(listener.context("listen in the fabric")?);
+        let kubeconfig = lab.dir().join("kubeconfig");
+        fs::write(&kubeconfig, api.kubeconfig()).context("kubeconfig")?;
+        let kubeconfig = kubeconfig.to_str().context("path")?;
+        for node in lab.nodes() {
+            let subnet = node.lease().subnet.context("subnet")?;
+            api.create(node.name(), &[&subnet], &json!({}));
+            node.start_dataplane()?;
+            node.start_controlplane_with(&["--kube-subnet-mgr", "--kubeconfig-file", kubeconfig])?;
+        }
+        lab.ripstop_nodes().try_for_each(|node| node.wait_for_detour(1))?;
+        let traffic = steady(lab)?;
+        let node = lab.node(1);
+        let routes = || node.output(&["ip", "route", "show", "proto", "82"]);
+        let before = routes()?;
+        let annotations = |key: &str, value: &str| {
+            let mut all = json!({
+                "flannel.alpha.coreos.com/backend-type": "vxlan",
+                "flannel.alpha.coreos.com/backend-data": r#"{"VNI":1,"VtepMAC":"02:52:53:00:00:07"}"#,
+                "flannel.alpha.coreos.com/kube-subnet-manager": "true",
+                "flannel.alpha.coreos.com/public-ip": "10.199.0.17",
+            });
+            if !key.is_empty() {
+                all[format!("flannel.alpha.coreos.com/{key}")] = value.into();
+            }
+            all
+        };
+        let subnet = "10.244.7.0/24";
+        for (key, value, cidr, words) in [
+            ("backend-data", "null", subnet, "has no \"VtepMAC\": write it like"),
+            ("backend-data", "", subnet, "is not JSON"),
+            ("backend-data", "{\"VNI\":1,\"VtepMAC\":", subnet, "is not JSON"),
+            ("backend-data", r#"{"VNI":1,"VtepMAC":"seven"}"#, subnet, "has the VtepMAC \"seven\""),
+            ("backend-data", r#"{"VNI":1,"VtepMAC":"01:00:5e:00:00:07"}"#, subnet, "has the VtepMAC 01:00:5e:00:00:07, which is"),
+            ("backend-data", r#"{"VNI":1,"VtepMAC":7}"#, subnet, "has no \"VtepMAC\""),
+            ("public-ip", "", subnet, "has no flannel.alpha.coreos.com/public-ip: start flannel or Ripstop there"),
+            ("public-ip", "10.199.0", subnet, "is not an IPv4 address"),
+            ("public-ip", "fd00:199::17", subnet, "is not an IPv4 address"),
+            ("public-ip", "10.244.7.1", subnet, "lies inside the pod network 10.244.0.0/16"),
+            ("backend-type", "host-gw", subnet, "and this node \"vxlan\": ignored"),
+            ("", "", "10.244.7.0", "is not a prefix like 10.244.1.0/24"),
+            ("", "", "10.245.7.0/24", "is not inside the pod network 10.244.0.0/16"),
+            ("", "", "10.244.7.0/31", "has no room for pods"),
+            ("", "", "10.244.2.0/25", "overlaps 10.244.2.0/24 of the older node \"n2\""),
+            ("", "", "", "has no IPv4 PodCIDR: assign one"),
+        ] {
+            let cidrs: Vec<&str> = Some(cidr).into_iter().filter(|cidr| !cidr.is_empty()).collect();
+            let seen = node.controlplane_log().len();
+            api.create("bad", &cidrs, &annotations(key, value));
+            let named = |log: &str| log.contains("node \"bad\"") && log.contains(words);
+            let what = format!("{key} {value:?} of {cidr:?} is named with {words:?}");
+            let outcome = wait_until(&what, PATIENCE, || {
+                node.controlplane_log()
+                    .get(seen..)
+                    .is_some_and(|log| log.lines().any(named))
+            });
+            outcome.with_context(|| {
+                let log = node.controlplane_log();
+                log.get(seen..).unwrap_or_default().to_owned()
+            })?;
+            assert_eq!(routes()?, before, "{what}");
+            api.delete("bad");
+        }
+        // The very same node without the mistake is a peer.
+        api.create("bad", &[subnet], &annotations("", ""));
+        wait_until("a good one is a peer", PATIENCE, || {
+            routes().is_ok_and(|routes| routes.contains(subnet))
+        })?;
+        assert_undisturbed(traffic);
         Ok(())
     })
 }

@@ -94,6 +94,30 @@ pub fn run(variable: impl Fn(&str) -> Option<String>, stdin: impl Read) -> Reply
     }
 }
 
+/// The bridge plugin's refusal of a bridge that is still of the node's subnet before this one, with what to do about it; any
+/// other answer as it is.
+fn explained(mut failed: Failed, conf: &[u8]) -> Failed {
+    let answer = failed.stdout.as_deref().unwrap_or_default();
+    let Ok(Value::Object(mut error)) = serde_json::from_slice(answer) else {
+        return failed;
+    };
+    let text = |key| error.get(key).and_then(Value::as_str).unwrap_or_default();
+    if text("msg").contains("already has an IP address different from")
+        && text("details").is_empty()
+    {
+        let conf: Value = serde_json::from_slice(conf).unwrap_or_default();
+        let bridge = conf.get("bridge").and_then(Value::as_str);
+        let bridge = bridge.unwrap_or("cni0");
+        let details = format!(
+            "{bridge} is of another subnet that this node had before: when the pods on it are gone (kubectl drain), run `ip link delete \
+             {bridge}` on the node; the next pod makes it anew"
+        );
+        error.insert("details".to_owned(), details.into());
+        failed.stdout = Some(Value::Object(error).to_string().into_bytes());
+    }
+    failed
+}
+
 /// A command with all that it needs.
 struct Call {
     conf: NetConf,
@@ -199,7 +223,7 @@ impl Call {
             )
         })?;
         match plugin.call(&conf, &[]) {
-            Ok(ended) => ended.map_err(Failure::Delegate),
+            Ok(ended) => ended.map_err(|failed| Failure::Delegate(explained(failed, &conf))),
             Err(not_run) => {
                 // What an earlier ADD has saved is still needed by its DEL.
                 if !before && let Ok(Some(saved)) = saved::read(saved::path(dir, attachment)) {

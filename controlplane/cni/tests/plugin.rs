@@ -243,6 +243,28 @@ fn a_failed_add_leaves_what_del_needs_and_no_more() {
     let answer = node.attachment("ADD", "c1", "eth0", json!({}));
     assert_eq!((answer.code, answer.stdout.as_str()), (7, REFUSED));
     assert_eq!(node.saved(), ["c1"]);
+    // One refusal of the bridge plugin is opaque: it gets a remedy, and keeps its code and its words.
+    node.delegates_fail(
+        r#"{"code":999,"msg":"failed to set bridge addr: \"cni0\" already has an IP address different from 10.244.9.1/24"}"#,
+    );
+    let answer = node.attachment("ADD", "c1", "eth0", json!({"delegate": {"bridge": "br7"}}));
+    let error: Value = serde_json::from_str(&answer.stdout).unwrap();
+    assert_eq!((answer.code, &error["code"]), (7, &json!(999)), "{error}");
+    assert!(
+        error["msg"]
+            .as_str()
+            .unwrap()
+            .ends_with("different from 10.244.9.1/24")
+    );
+    assert!(
+        error["details"]
+            .as_str()
+            .unwrap()
+            .contains("ip link delete br7"),
+        "{error}"
+    );
+    node.delegates_fail(REFUSED);
+    node.attachment("ADD", "c1", "eth0", json!({}));
     node.delegates_mend();
     node.calls();
     node.attachment("DEL", "c1", "eth0", json!({})).ok();

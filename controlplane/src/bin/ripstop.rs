@@ -2,11 +2,13 @@
 
 use core::time::Duration;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use ripstop_controlplane::cleanup::cleanup;
+use ripstop_controlplane::health::metrics::Scraper;
 use ripstop_controlplane::report::{Drops, Leases, Status};
 use ripstop_controlplane::{DEFAULT_RUN_DIR, explained};
 use serde::Serialize;
@@ -40,6 +42,12 @@ enum Command {
         /// Show reasons that never occurred, too
         #[arg(long)]
         all: bool,
+    },
+    /// Everything that can be measured, for Prometheus; also while no process runs
+    Metrics {
+        /// Write a file, whole or not at all, as the textfile collector of node_exporter wants it
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
     },
     /// Remove everything of Ripstop's from the kernel and the run directory
     Cleanup {
@@ -82,18 +90,42 @@ fn print(text: &str, code: ExitCode) -> ExitCode {
 
 fn run(flags: &Flags) -> anyhow::Result<(String, bool)> {
     let run_dir = &flags.run_dir;
-    Ok(match flags.command {
+    Ok(match &flags.command {
         Command::Status { interval } => {
-            let status = Status::read(run_dir, interval)?;
+            let status = Status::read(run_dir, *interval)?;
             (shown(flags.json, &status)?, status.ok)
         }
         Command::Leases => (shown(flags.json, &Leases::read(run_dir)?)?, true),
-        Command::Drops { all } => (shown(flags.json, &Drops::read(run_dir, all)?)?, true),
+        Command::Drops { all } => (shown(flags.json, &Drops::read(run_dir, *all)?)?, true),
+        Command::Metrics { .. } if flags.json => {
+            anyhow::bail!("metrics are text alone: leave --json out")
+        }
+        Command::Metrics { output } => {
+            let text = Scraper::new(run_dir, None).text()?;
+            match output {
+                None => (text, true),
+                Some(path) => {
+                    write_whole(path, &text)
+                        .with_context(|| format!("write {}", path.display()))?;
+                    (String::new(), true)
+                }
+            }
+        }
         Command::Cleanup { force, standby } => {
-            let done = cleanup(run_dir, force, standby)?;
+            let done = cleanup(run_dir, *force, *standby)?;
             (shown(flags.json, &done)?, done.left.is_empty())
         }
     })
+}
+
+/// Nobody ever reads half of it.
+fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    // Not a name that the collector would read.
+    name.push(format!(".{}", std::process::id()));
+    let temporary = path.with_file_name(name);
+    std::fs::write(&temporary, text)?;
+    std::fs::rename(temporary, path)
 }
 
 fn shown(json: bool, report: &(impl Serialize + core::fmt::Display)) -> anyhow::Result<String> {

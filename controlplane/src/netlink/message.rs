@@ -492,6 +492,16 @@ impl Route {
     }
 
     pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
+        // IPv6 lists what it has learned, like path MTUs, among the routes.
+        let flags = RouteFlags::from_bits_retain(u32_at(payload, 8)?);
+        match flags.contains(RouteFlags::Cloned) {
+            true => None,
+            false => Self::parse_kind(payload, RouteType::Unicast),
+        }
+    }
+
+    /// The kernel's answer to a question for one destination, which it marks as made for that alone.
+    pub(super) fn parse_answer(payload: &[u8]) -> Option<Self> {
         Self::parse_kind(payload, RouteType::Unicast)
     }
 
@@ -499,8 +509,7 @@ impl Route {
         // struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type; flags at 8.
         let [family, length, _, _, table, protocol, scope, kind] = *payload.first_chunk::<8>()?;
         let flags = RouteFlags::from_bits_retain(u32_at(payload, 8)?);
-        // IPv6 lists what it has learned, like path MTUs, among the routes.
-        if RouteType::from(kind) != wanted || flags.contains(RouteFlags::Cloned) {
+        if RouteType::from(kind) != wanted {
             return None;
         }
         let any: IpAddr = match Family::from_netlink(family)? {
@@ -932,6 +941,15 @@ fn route_address(address: IpAddr) -> RouteAddress {
         IpAddr::V4(address) => RouteAddress::Inet(address),
         IpAddr::V6(address) => RouteAddress::Inet6(address),
     }
+}
+
+/// Asks for the way that the node's own packets take.
+pub(super) fn route_to(destination: IpAddr) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = Family::of(destination).netlink();
+    message.header.destination_prefix_length = Family::of(destination).bits();
+    message.attributes = vec![RouteAttribute::Destination(route_address(destination))];
+    RouteNetlinkMessage::GetRoute(message)
 }
 
 /// Asks for the whole route that matches, so that all its ways are seen and not the one a flow would take.

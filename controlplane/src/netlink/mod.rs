@@ -23,7 +23,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use crate::sys::{borrow_netlink, force_receive_buffer, wait_readable};
-use message::{RouteAnswer, u16_at, u32_at};
+use message::{Route, RouteAnswer, u16_at, u32_at};
 
 /// Requests sent together. The kernel works them off before `send` returns, so replies wait in the receive
 /// buffer: 512 acknowledgements of under 1 KiB, or 64 route replies of up to 8 KiB.
@@ -251,6 +251,30 @@ impl Netlink {
             answers.extend(chunk_answers.into_iter().flatten());
         }
         Ok(answers)
+    }
+
+    /// How the node's own packets would reach an address: by which interface, and from which of our addresses.
+    pub fn route_to(
+        &mut self,
+        destination: IpAddr,
+    ) -> Result<Option<(u32, Option<IpAddr>)>, NetlinkError> {
+        let mut request = Vec::new();
+        self.encode(&message::route_to(destination), NLM_F_REQUEST, &mut request);
+        let wanted = self.sequence;
+        self.send(&request)?;
+        let mut answer = None;
+        while answer.is_none() {
+            self.receive(|kind, sequence, _, payload| {
+                if sequence == wanted {
+                    // A refusal, and a route that refuses, lead nowhere.
+                    let route =
+                        (kind == message::RTM_NEWROUTE).then(|| Route::parse_answer(payload));
+                    let route = route.flatten();
+                    answer = Some(route.map(|route| (route.link, route.source)));
+                }
+            })?;
+        }
+        Ok(answer.flatten())
     }
 
     /// Lists objects: `each` gets the payload of every message of type `kind`. The kernel's "no such table" is an

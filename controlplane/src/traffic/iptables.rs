@@ -43,11 +43,60 @@ const CAPABLE: [u32; 3] = [1, 6, 2];
 const WAIT: &str = "--wait=4";
 const PACKAGE: &str = "iptables";
 
-/// The programs of a family: the one that tells the version, the one that reads, the one that writes.
-fn programs(family: Family) -> [&'static str; 3] {
-    match family {
-        Family::V4 => ["iptables", "iptables-save", "iptables-restore"],
-        Family::V6 => ["ip6tables", "ip6tables-save", "ip6tables-restore"],
+/// Which of the kernel's two places the programs work on: the same names of chains may be in both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Variant {
+    /// What the system calls iptables.
+    #[default]
+    Installed,
+    /// The kernel's old tables.
+    Legacy,
+    /// nftables, in tables of iptables' names.
+    Nft,
+}
+
+impl Variant {
+    /// The one that `iptables` is not, by the words of `iptables --version`; versions that do not say it are legacy.
+    fn other(version: &str) -> Self {
+        match version.contains("(nf_tables)") {
+            true => Self::Legacy,
+            false => Self::Nft,
+        }
+    }
+
+    /// The programs of a family: the one that tells the version, the one that reads, the one that writes.
+    fn programs(self, family: Family) -> [&'static str; 3] {
+        match (self, family) {
+            (Self::Installed, Family::V4) => ["iptables", "iptables-save", "iptables-restore"],
+            (Self::Installed, Family::V6) => ["ip6tables", "ip6tables-save", "ip6tables-restore"],
+            (Self::Legacy, Family::V4) => [
+                "iptables-legacy",
+                "iptables-legacy-save",
+                "iptables-legacy-restore",
+            ],
+            (Self::Legacy, Family::V6) => [
+                "ip6tables-legacy",
+                "ip6tables-legacy-save",
+                "ip6tables-legacy-restore",
+            ],
+            (Self::Nft, Family::V4) => {
+                ["iptables-nft", "iptables-nft-save", "iptables-nft-restore"]
+            }
+            (Self::Nft, Family::V6) => [
+                "ip6tables-nft",
+                "ip6tables-nft-save",
+                "ip6tables-nft-restore",
+            ],
+        }
+    }
+
+    /// Whether there can be rules at all. To ask the old tables makes the kernel have them, so it is not asked twice.
+    fn may_have_rules(self, family: Family) -> bool {
+        let names = match family {
+            Family::V4 => "/proc/thread-self/net/ip_tables_names",
+            Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+        };
+        self != Self::Legacy || std::fs::read_to_string(names).is_ok_and(|names| !names.is_empty())
     }
 }
 
@@ -61,7 +110,8 @@ pub(super) fn place(family: Family) -> &'static str {
 
 /// Whether there is what this mode needs.
 pub(super) fn is_installed() -> bool {
-    programs(Family::V4)
+    Variant::Installed
+        .programs(Family::V4)
         .iter()
         .all(|program| has_program(program))
 }
@@ -222,12 +272,23 @@ struct Known {
 /// The rules in iptables, and what is known about them.
 #[derive(Debug, Default)]
 pub(super) struct Iptables {
+    variant: Variant,
     /// Whether the program of a family has what [`CAPABLE`] says.
     capable: PerFamily<Option<bool>>,
     known: PerFamily<Known>,
 }
 
 impl Iptables {
+    /// The rules in the place that is not the installed iptables' own; nothing where none is installed.
+    pub(super) fn elsewhere() -> Option<Self> {
+        let [program, ..] = Variant::Installed.programs(Family::V4);
+        let output = run_program(program, &["--version"], "").ok()?;
+        Some(Self {
+            variant: Variant::other(&String::from_utf8_lossy(&output.stdout)),
+            ..Self::default()
+        })
+    }
+
     /// Makes a family's chains what they should be; whether anything was changed.
     pub(super) fn keep(&mut self, family: Family, wanted: &Wanted) -> Result<bool, TrafficError> {
         let known = self.known.get(family);
@@ -256,7 +317,11 @@ impl Iptables {
     ) -> Result<bool, TrafficError> {
         let rules = [wanted.masquerade(family), wanted.forward(family)];
         let nothing = rules.iter().all(Vec::is_empty);
-        let present = match read(family) {
+        if nothing && !self.variant.may_have_rules(family) {
+            known.away = true;
+            return Ok(false);
+        }
+        let present = match read(self.variant, family) {
             // What is not installed has left nothing.
             Err(TrafficError::Missing { .. }) if nothing => {
                 known.away = true;
@@ -279,7 +344,7 @@ impl Iptables {
         if text.is_empty() || (known.confirmed && known.listed.as_ref() == Some(&present)) {
             return Ok(false);
         }
-        let [_, _, program] = programs(family);
+        let [_, _, program] = self.variant.programs(family);
         let mut arguments = vec!["--noflush"];
         arguments.extend(Some(WAIT).filter(|_| capable));
         let output = run_program(program, &arguments, &text)
@@ -289,7 +354,7 @@ impl Iptables {
         }
         if !nothing {
             tracing::info!(%family, "masquerade and forward rules set in iptables");
-            let after = read(family)?;
+            let after = read(self.variant, family)?;
             if mend(&after).is_empty() {
                 known.listed = None;
             } else {
@@ -305,7 +370,7 @@ impl Iptables {
         if let Some(known) = self.capable.get(family) {
             return Ok(*known);
         }
-        let [program, ..] = programs(family);
+        let [program, ..] = self.variant.programs(family);
         let output = run_program(program, &["--version"], "")
             .map_err(|error| TrafficError::run(program, PACKAGE, error))?;
         let capable = version(&String::from_utf8_lossy(&output.stdout)) >= CAPABLE;
@@ -323,8 +388,8 @@ fn version(text: &str) -> [u32; 3] {
 }
 
 /// What is there. The listing of a node with many services is long, so it is never held as a whole.
-fn read(family: Family) -> Result<[Present; 2], TrafficError> {
-    let [_, program, _] = programs(family);
+fn read(variant: Variant, family: Family) -> Result<[Present; 2], TrafficError> {
+    let [_, program, _] = variant.programs(family);
     let failed = |error| TrafficError::run(program, PACKAGE, error);
     let mut child = spawn_program(program, &[]).map_err(failed)?;
     let mut broken = None;

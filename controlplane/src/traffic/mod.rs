@@ -13,17 +13,16 @@ use core::time::Duration;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::family::{Family, PerFamily};
+use crate::keeper::{self, Desk};
 use crate::netlink::NetlinkError;
 use crate::netlink::monitor::RulesetMonitor;
 use crate::problems::Problems;
-use crate::sys::{Wake, wait_readable};
+use crate::sys::wait_readable;
 
 pub mod blackhole;
 mod iptables;
@@ -275,11 +274,15 @@ pub fn remove() -> (Vec<String>, Vec<TrafficError>) {
     let (mut removed, mut errors) = (Vec::new(), Vec::new());
     let nothing = Wanted::default();
     let (mut nft, mut iptables) = (Nft::default(), Iptables::default());
+    let mut elsewhere = Iptables::elsewhere();
     for family in Family::ALL {
-        let results = [
+        let mut results = vec![
             (nft::place(family), nft.keep(family, &nothing)),
             (iptables::place(family), iptables.keep(family, &nothing)),
         ];
+        if let Some(elsewhere) = &mut elsewhere {
+            results.push((iptables::place(family), elsewhere.keep(family, &nothing)));
+        }
         for (what, result) in results {
             match result {
                 Ok(true) => removed.push(format!("masquerade and forward rules ({what})")),
@@ -293,29 +296,7 @@ pub fn remove() -> (Vec<String>, Vec<TrafficError>) {
 
 /// Keeps the rules in force, on a thread of its own: programs are called, and one of them may wait for others.
 #[derive(Debug)]
-pub struct Keeper {
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    wishes: Mutex<Wishes>,
-    wake: Wake,
-}
-
-#[derive(Debug, Default)]
-struct Wishes {
-    wanted: Option<Wanted>,
-    stop: bool,
-    problems: Vec<String>,
-}
-
-impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Wishes> {
-        self.wishes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+pub struct Keeper(keeper::Keeper<Wanted>);
 
 /// How long after a failure the next attempt is made.
 const RETRY: Duration = Duration::from_secs(1);
@@ -323,45 +304,20 @@ const RETRY: Duration = Duration::from_secs(1);
 const CONTENTION_PAUSE: Duration = Duration::from_millis(50);
 
 impl Keeper {
-    /// Starts the thread, in the network namespace of the caller. Nothing is touched before [`Self::set`].
+    /// Starts the thread, in the network namespace of the caller; it ends with the value, and the rules stay. Nothing is
+    /// touched before [`Self::set`].
     pub fn start(mode: Mode, resync: Duration) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            wishes: Mutex::default(),
-            wake: Wake::new()?,
-        });
-        let for_thread = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("traffic".to_owned())
-            .spawn(move || keep(&for_thread, mode, resync))?;
-        Ok(Self {
-            shared,
-            thread: Some(thread),
-        })
+        keeper::Keeper::start("traffic", move |desk| keep(desk, mode, resync)).map(Self)
     }
 
     /// Says what the rules should be from here on.
     pub fn set(&self, wanted: Wanted) {
-        let mut wishes = self.shared.lock();
-        if wishes.wanted.as_ref() != Some(&wanted) {
-            wishes.wanted = Some(wanted);
-            self.shared.wake.signal();
-        }
+        self.0.set(wanted);
     }
 
     /// What keeps the rules from being in force, and what else is wrong.
     pub fn problems(&self) -> Vec<String> {
-        self.shared.lock().problems.clone()
-    }
-}
-
-impl Drop for Keeper {
-    /// Ends the thread; the rules stay.
-    fn drop(&mut self) {
-        self.shared.lock().stop = true;
-        self.shared.wake.signal();
-        if let Some(thread) = self.thread.take() {
-            let _ended = thread.join();
-        }
+        self.0.problems()
     }
 }
 
@@ -371,6 +327,8 @@ struct Rules {
     mode: Mode,
     nft: Nft,
     iptables: Iptables,
+    /// What another variant of iptables, legacy or nft, has set: flannel's image may bring one that the system has not.
+    elsewhere: Option<Iptables>,
     /// The other mode's rules are known to be away.
     others_away: PerFamily<bool>,
     problems: Problems,
@@ -402,6 +360,11 @@ impl Rules {
                 Mode::Nftables => self.iptables.keep(family, &nothing),
                 Mode::Iptables => self.nft.keep(family, &nothing),
             };
+            let removed = removed.and_then(|removed| {
+                let elsewhere = self.elsewhere.as_mut();
+                let more = elsewhere.map(|elsewhere| elsewhere.keep(family, &nothing));
+                Ok(removed | more.transpose()?.unwrap_or(false))
+            });
             if let Ok(true) = removed {
                 tracing::info!("{other} removed");
             }
@@ -445,34 +408,26 @@ impl Rules {
     }
 }
 
-fn keep(shared: &Shared, mode: Mode, resync: Duration) {
+fn keep(desk: &Desk<Wanted>, mode: Mode, resync: Duration) {
     let mut rules = Rules {
         mode,
         nft: Nft::default(),
         iptables: Iptables::default(),
+        elsewhere: Iptables::elsewhere(),
         others_away: PerFamily::default(),
         problems: Problems::default(),
     };
     let mut monitor: Option<RulesetMonitor> = None;
-    loop {
-        // Cleared before the wish is read: one that comes later wakes the wait below.
-        shared.wake.clear();
+    while let Some(wanted) = desk.wanted() {
         if monitor.is_none() && mode == Mode::Nftables {
             monitor = RulesetMonitor::open(&nft::TABLES).ok();
         }
-        let wanted = {
-            let wishes = shared.lock();
-            if wishes.stop {
-                return;
-            }
-            wishes.wanted.clone()
-        };
         let Some(wanted) = wanted else {
-            wait_readable([shared.wake.as_fd()], resync);
+            wait_readable([desk.wake.as_fd()], resync);
             continue;
         };
         let well = rules.keep(&wanted);
-        shared.lock().problems = rules.problems.list();
+        desk.report(rules.problems.list());
         // Our own transactions are announced, too. Another's among them may have come after our last look.
         let own = rules.nft.take_transactions();
         if monitor.as_mut().and_then(|monitor| drain(monitor, own)) == Some(true) {
@@ -483,7 +438,7 @@ fn keep(shared: &Shared, mode: Mode, resync: Duration) {
         let timeout = if well { resync } else { resync.min(RETRY) };
         match &mut monitor {
             Some(watched) => {
-                let fds = [shared.wake.as_fd(), watched.as_fd()];
+                let fds = [desk.wake.as_fd(), watched.as_fd()];
                 if let [_, true] = wait_readable(fds, timeout)
                     && drain(watched, 0).is_none()
                 {
@@ -491,7 +446,7 @@ fn keep(shared: &Shared, mode: Mode, resync: Duration) {
                 }
             }
             None => {
-                wait_readable([shared.wake.as_fd()], timeout);
+                wait_readable([desk.wake.as_fd()], timeout);
             }
         }
     }

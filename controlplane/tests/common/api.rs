@@ -40,11 +40,12 @@ impl Request {
         pairs.find(|(name, _)| *name == key).map(|(_, value)| value)
     }
 
-    /// LIST, WATCH, GET, PATCH.
+    /// LIST, WATCH, GET, PATCH; EVENT for a write of an Event.
     pub(crate) fn verb(&self) -> &str {
         match (self.method.as_str(), self.path()) {
             ("GET", "/api/v1/nodes") if self.query("watch") == Some("true") => "WATCH",
             ("GET", "/api/v1/nodes") => "LIST",
+            ("POST" | "PATCH", path) if path.contains("/events") => "EVENT",
             (method, _) => method,
         }
     }
@@ -97,6 +98,8 @@ struct State {
     habits: Habits,
     requests: Vec<Request>,
     pods: BTreeMap<String, String>,
+    /// Kubernetes Events by name.
+    events_of_nodes: BTreeMap<String, Value>,
     closed: bool,
 }
 
@@ -242,6 +245,12 @@ impl Api {
     pub(crate) fn place(&self, namespace: &str, pod: &str, node: &str) {
         let key = format!("{namespace}/{pod}");
         self.world.state().pods.insert(key, node.to_owned());
+    }
+
+    /// The Kubernetes Events that were written.
+    pub(crate) fn events(&self) -> Vec<Value> {
+        let state = self.world.state();
+        state.events_of_nodes.values().cloned().collect()
     }
 
     /// Changes its habits.
@@ -413,6 +422,19 @@ impl World {
                     self.news.notify_all();
                 }
                 (200, state.nodes[*name].clone())
+            }
+            (method, ["api", "v1", "namespaces", "default", "events", name @ ..]) => {
+                let body: Value = serde_json::from_str(&request.body).unwrap();
+                let new = body["metadata"]["name"].as_str().unwrap_or_default();
+                let name = name.first().copied().unwrap_or(new).to_owned();
+                let events = &mut self.state().events_of_nodes;
+                match (method, events.contains_key(&name)) {
+                    ("POST", false) | ("PATCH", true) => {
+                        merge(events.entry(name).or_default(), &body);
+                        (200, body)
+                    }
+                    _ => (404, status(404, "no such event, or one that is there")),
+                }
             }
             _ => (404, status(404, "no such thing here")),
         }

@@ -4,13 +4,15 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use core::time::Duration;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use ripstop_controlplane::lease::Lease;
 use ripstop_controlplane::state::State;
 use ripstop_fib::map::{self, DATAPLANE_LOCK, ProcessLock, open_fib};
-use ripstop_fib::stats::{Gauge, Mode, Polling, Stats, WorkerCounters, WorkerIdentity};
+use ripstop_fib::stats::{
+    Gauge, KernelCounter, Mode, NicStats, Polling, Stats, WorkerCounters, WorkerIdentity,
+};
 use ripstop_fib::{Image, LeaseRecord, Region};
 
 use super::{Namespace, Process, VXLAN, eventually, lease_file};
@@ -163,6 +165,7 @@ pub(crate) struct FakeDataPlane {
     stop: Arc<AtomicBool>,
     pub(crate) stalled: Arc<AtomicBool>,
     pub(crate) accept_until: Arc<AtomicU64>,
+    shown: Arc<Mutex<Shown>>,
     thread: Option<JoinHandle<()>>,
     namespace: String,
 }
@@ -178,37 +181,71 @@ impl FakeDataPlane {
             Arc::new(AtomicBool::new(false)),
         );
         let accept_until = Arc::new(AtomicU64::new(u64::MAX));
+        let shown = Arc::new(Mutex::new(Shown::default()));
         let thread = std::thread::spawn({
             let (stop, stalled, accept_until) =
                 (stop.clone(), stalled.clone(), accept_until.clone());
-            move || work(&run_dir, &stop, &stalled, &accept_until)
+            let shown = Arc::clone(&shown);
+            move || work(&run_dir, &stop, &stalled, &accept_until, &shown)
         });
         Self {
             _lock: lock,
             stop,
             stalled,
             accept_until,
+            shown,
             thread: Some(thread),
             namespace: node.namespace.name.clone(),
         }
     }
+
+    /// Changes what it shows of itself.
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Shown)) {
+        change(&mut self.shown.lock().unwrap());
+    }
 }
 
-fn work(run_dir: &Path, stop: &AtomicBool, stalled: &AtomicBool, accept_until: &AtomicU64) {
+/// What a played data plane shows of itself in the stats region.
+pub(crate) struct Shown {
+    pub(crate) counters: WorkerCounters,
+    pub(crate) kernel: [u64; KernelCounter::COUNT],
+    pub(crate) mode: Mode,
+    pub(crate) nic: Option<NicStats>,
+}
+
+impl Default for Shown {
+    fn default() -> Self {
+        Self {
+            counters: WorkerCounters::default(),
+            kernel: [0; KernelCounter::COUNT],
+            mode: Mode::Copy,
+            nic: None,
+        }
+    }
+}
+
+fn work(
+    run_dir: &Path,
+    stop: &AtomicBool,
+    stalled: &AtomicBool,
+    accept_until: &AtomicU64,
+    shown: &Mutex<Shown>,
+) {
     let mapping = map::create_stats(run_dir, std::process::id(), map::monotonic_ns()).unwrap();
     let stats = Stats::attach(mapping.words()).unwrap();
-    let identity = WorkerIdentity {
+    let identity = |mode| WorkerIdentity {
         nic: "eth0".to_owned(),
         queue: 0,
         cpu: 0,
-        mode: Mode::Copy,
+        mode,
+        wants_zero_copy: true,
         polling: Polling::Adaptive,
         frames: 64,
         frame_size: 2048,
         huge_pages: false,
         numa_node: None,
     };
-    stats.write_identity(0, &identity);
+    stats.write_identity(0, &identity(Mode::Copy));
     stats.announce(1, 0);
     while !stop.load(Ordering::Relaxed) {
         let generation = open_fib(run_dir)
@@ -217,10 +254,16 @@ fn work(run_dir: &Path, stop: &AtomicBool, stalled: &AtomicBool, accept_until: &
             .unwrap_or(0)
             .min(accept_until.load(Ordering::Relaxed));
         if !stalled.load(Ordering::Relaxed) {
-            let counters = WorkerCounters::default();
+            let shown = shown.lock().unwrap();
+            stats.write_identity(0, &identity(shown.mode));
+            stats.write_kernel(0, &shown.kernel);
+            if let Some(nic) = &shown.nic {
+                stats.write_nic(0, nic);
+                stats.announce(1, 1);
+            }
             stats.write_worker(
                 0,
-                &counters,
+                &shown.counters,
                 &[0; Gauge::COUNT],
                 generation,
                 map::monotonic_ns(),

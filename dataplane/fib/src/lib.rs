@@ -47,4 +47,5 @@ pub use publish::{Publisher, Reader, Region};
 pub use sync::Word;
 
 /// Version of both layouts. A change of any offset or meaning changes it; regions of another version are refused.
+/// What is appended in words that were zero changes nothing for those who do not know it: zero means "not said".
 pub const ABI_VERSION: u32 = 2;

@@ -56,6 +56,7 @@ const W_PLACE: usize = 10;
 const W_FACTS: usize = 11;
 const W_FRAMES: usize = 12;
 const W_MEMORY: usize = 13;
+const W_WANTED: usize = 14;
 const W_HEARTBEAT: usize = 16;
 const W_GENERATION: usize = 17;
 const W_COUNTERS: usize = 32;
@@ -118,6 +119,10 @@ catalogue! {
         Kicks = "kicks";
         /// Images that the worker changed to.
         ImageSwitches = "image_switches";
+        /// Cycles of the processor's time-stamp counter in turns that had a packet in hand; 0 where there is no such counter.
+        BusyCycles = "busy_cycles";
+        /// The same in turns that had none. Sleep is in neither.
+        IdleCycles = "idle_cycles";
     }
 }
 
@@ -223,6 +228,8 @@ pub struct WorkerIdentity {
     pub cpu: u32,
     /// Mode in use.
     pub mode: Mode,
+    /// The configuration asks for zero-copy, or for the best there is. False also where the writer does not say.
+    pub wants_zero_copy: bool,
     /// How it waits.
     pub polling: Polling,
     /// Frames of its UMEM.
@@ -409,6 +416,8 @@ impl<'r> Stats<'r> {
         let frames = u64::from(identity.frames) | (u64::from(identity.frame_size) << 32);
         self.worker_word(worker, W_FRAMES)
             .store(frames, Ordering::Relaxed);
+        self.worker_word(worker, W_WANTED)
+            .store(u64::from(identity.wants_zero_copy), Ordering::Relaxed);
         let node = identity.numa_node.map_or(0, |node| 1 + u64::from(node));
         let memory = u64::from(identity.huge_pages) | node << 8;
         self.worker_word(worker, W_MEMORY)
@@ -513,6 +522,7 @@ impl<'r> Stats<'r> {
                 queue: place as u32,
                 cpu: (place >> 32) as u32,
                 mode,
+                wants_zero_copy: load(W_WANTED) & 1 != 0,
                 polling,
                 frames: frames as u32,
                 frame_size: (frames >> 32) as u32,

@@ -6,7 +6,7 @@ use std::io::Read;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
-use futures_util::{AsyncReadExt as _, StreamExt as _};
+use futures_util::{AsyncReadExt as _, FutureExt as _, StreamExt as _};
 use kube::Client;
 use kube::api::WatchEvent;
 use tokio::sync::mpsc;
@@ -252,12 +252,23 @@ impl Api {
         }
         match connect(&self.server).await {
             Ok(client) => {
-                let mut slot = self.client.write().unwrap_or_else(PoisonError::into_inner);
-                *slot = client;
+                self.replace(client);
                 error
             }
             Err(cannot) => error.with(&cannot),
         }
+    }
+
+    /// Makes a client that has no connections yet; false if that takes more than reading files.
+    pub(super) fn connect_anew(&self) -> bool {
+        let client = connect(&self.server).now_or_never().and_then(Result::ok);
+        let made = client.is_some();
+        client.into_iter().for_each(|client| self.replace(client));
+        made
+    }
+
+    fn replace(&self, client: Client) {
+        *self.client.write().unwrap_or_else(PoisonError::into_inner) = client;
     }
 
     /// Follows all nodes until nobody listens.

@@ -14,6 +14,7 @@
 
 pub mod annotations;
 mod api;
+pub mod events;
 pub mod node;
 pub mod view;
 
@@ -41,10 +42,9 @@ use crate::family::{Family, PerFamily};
 use crate::interface::{self, InterfaceError, Selection};
 use crate::mac::Mac;
 use crate::netconf::NetConf;
-use crate::netlink::message::RouteFilter;
 use crate::netlink::monitor::UnderlayMonitor;
 use crate::netlink::{Netlink, NetlinkError};
-use crate::standby::{TABLE_MAIN, device_name};
+use crate::standby::device_name;
 use crate::sys::wait_readable;
 
 /// How often it is looked at whether something is to be written.
@@ -241,7 +241,6 @@ impl KubeSource {
         );
         let api = Api::new(self.server, prefix, own, settings.silent).await?;
         let (out, mut news) = mpsc::channel(BACKLOG);
-        tokio::spawn(api.clone().follow(out.clone()));
         let told = out.clone();
         std::thread::Builder::new()
             .name("addresses".to_owned())
@@ -319,6 +318,9 @@ struct Seen {
 struct Keeper {
     settings: Settings,
     api: Api,
+    follower: tokio::task::JoinHandle<()>,
+    /// Our public IPs since the client was made.
+    connected_from: PerFamily<Option<IpAddr>>,
     out: mpsc::Sender<News>,
     netlink: Option<Netlink>,
     /// Our addresses as last seen.
@@ -347,6 +349,8 @@ impl Keeper {
     fn new(settings: Settings, api: Api, out: mpsc::Sender<News>) -> Self {
         Self {
             settings,
+            follower: tokio::spawn(api.clone().follow(out.clone())),
+            connected_from: PerFamily::default(),
             api,
             out,
             netlink: None,
@@ -408,6 +412,7 @@ impl Keeper {
             match self.find_own() {
                 Ok(own) => {
                     self.own_problem = None;
+                    self.connect_from(&own);
                     if core::mem::take(&mut self.changed) || own != self.own {
                         self.own = own;
                         listening = self.tell_set(sink, seen);
@@ -424,6 +429,26 @@ impl Keeper {
             }
         }
         listening && self.tell_problem(sink)
+    }
+
+    /// Connections from an address that is not ours any more hear nothing until they lose patience: new ones are made.
+    fn connect_from(&mut self, own: &PerFamily<Option<Lease>>) {
+        let mut from = PerFamily::default();
+        for (family, lease) in own.iter() {
+            *from.get_mut(family) = lease.as_ref().map(|lease| lease.public_ip);
+        }
+        let before = core::mem::replace(&mut self.connected_from, from);
+        if before == from || before == PerFamily::default() {
+            return;
+        }
+        // What made a client at the start makes one again; if not, the old one loses its patience.
+        if !self.api.connect_anew() {
+            return;
+        }
+        tracing::info!("own address changed: connecting to the API server anew");
+        self.follower.abort();
+        self.follower = tokio::spawn(self.api.clone().follow(self.out.clone()));
+        self.writing = None;
     }
 
     fn own_node(&self) -> Result<&Node, String> {
@@ -505,23 +530,7 @@ impl Keeper {
     ) -> Result<Result<PerFamily<Option<IpAddr>>, InterfaceError>, NetlinkError> {
         let netlink = self.netlink()?;
         let (links, addresses) = (netlink.links()?, netlink.addresses()?);
-        let view = interface::View {
-            links: &links,
-            addresses: &addresses,
-            routes: &[],
-        };
-        let chosen = match interface::select(selection, view) {
-            // The main table is large; it is read only when nothing else decides.
-            Err(InterfaceError::NoDefault { .. } | InterfaceError::DefaultsDiffer { .. }) => {
-                let mut routes = Vec::new();
-                for family in Family::ALL {
-                    routes.extend(netlink.routes(RouteFilter::table(family, TABLE_MAIN))?);
-                }
-                let routes = &routes;
-                interface::select(selection, interface::View { routes, ..view })
-            }
-            other => other,
-        };
+        let chosen = interface::look(netlink, selection, &links, &addresses)?;
         Ok(chosen.map(|underlay| underlay.addresses))
     }
 

@@ -225,6 +225,7 @@ fn a_stats_region() {
         queue: 3,
         cpu: 5,
         mode: Mode::Copy,
+        wants_zero_copy: true,
         polling: Polling::Adaptive,
         frames: 4096,
         frame_size: 2048,
@@ -270,6 +271,7 @@ fn a_stats_region() {
             (worker_block + 11, 1, 0x0101),
             (worker_block + 12, 1, 2048 << 32 | 4096),
             (worker_block + 13, 1, 4 << 8 | 1),
+            (worker_block + 14, 1, 1),
             (worker_block + 16, 1, 0xa6),
             (worker_block + 17, 1, 0xa5),
             (worker_block + 32, Counter::COUNT, 0xc0),
@@ -302,7 +304,7 @@ fn the_catalogues() {
     ];
     let expected = [
         "nic_rx_packets nic_rx_bytes nic_tx_packets nic_tx_bytes host_rx_packets host_rx_bytes \
-         host_tx_packets host_tx_bytes turns busy_turns sleeps kicks image_switches",
+         host_tx_packets host_tx_bytes turns busy_turns sleeps kicks image_switches busy_cycles idle_cycles",
         "free receiving transmitting held",
         "rx_dropped rx_invalid_descriptors tx_invalid_descriptors rx_ring_full fill_ring_empty \
          tx_ring_empty",
