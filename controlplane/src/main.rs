@@ -22,6 +22,7 @@ use ripstop_controlplane::interface::{Pattern, Selection};
 use ripstop_controlplane::lease::etcd::flags::EtcdFlags;
 use ripstop_controlplane::lease::etcd::{self, EtcdSource};
 use ripstop_controlplane::lease::file::FileSource;
+use ripstop_controlplane::lease::kept::Kept;
 use ripstop_controlplane::lease::kube::annotations::{DEFAULT_PREFIX, Prefix};
 use ripstop_controlplane::lease::kube::{self, KubeSource, events};
 use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
@@ -242,7 +243,7 @@ fn main() -> ExitCode {
 
 /// What `--kube-subnet-mgr` needs, checked.
 struct Kube {
-    config: ::kube::Config,
+    server: kube::Server,
     prefix: Prefix,
 }
 
@@ -263,9 +264,10 @@ impl Kube {
             );
         }
         let url = flags.kube_api_url.as_deref();
-        let config = kube::config(url, flags.kubeconfig_file.as_deref())
+        let server = kube::Server::new(url, flags.kubeconfig_file.as_deref())
+            .and_then(|server| server.load_blocking().map(|_config| server))
             .context("Failed to create SubnetManager")?;
-        Ok(Self { config, prefix })
+        Ok(Self { server, prefix })
     }
 
     fn node_of_pod(&self) -> anyhow::Result<String> {
@@ -276,7 +278,7 @@ impl Kube {
             );
         };
         Ok(kube::node_of_pod(
-            self.config.clone(),
+            &self.server,
             &namespace,
             &pod,
             POD_PATIENCE,
@@ -341,7 +343,12 @@ fn run(flags: Flags) -> anyhow::Result<()> {
     let source: Box<dyn LeaseSource> = match source {
         Source::Kube(kube) => {
             let watcher = Watcher::new(flags.run_dir.clone(), Arc::clone(&health));
-            events::start(kube.config.clone(), &node, watcher, Arc::clone(&health))?;
+            events::start(
+                kube.server.load_blocking()?,
+                &node,
+                watcher,
+                Arc::clone(&health),
+            )?;
             let settings = kube::Settings {
                 node: node.clone(),
                 conf: conf.clone(),
@@ -350,10 +357,14 @@ fn run(flags: Flags) -> anyhow::Result<()> {
                 set_network_available: flags.set_node_network_unavailable,
                 ready: Arc::clone(&ready),
                 silent: kube::SILENT,
+                recheck: kube::RECHECK,
             };
             // Whether a public IP is the interface's is for the source to say, which knows the Node's word for it too.
             selection.public_ips = PerFamily::default();
-            Box::new(KubeSource::new(kube.config, settings))
+            let source =
+                KubeSource::new(kube.server, settings).context("Failed to create SubnetManager")?;
+            let (run_dir, node) = (&flags.run_dir, node.clone());
+            Box::new(Kept::new(Box::new(source), run_dir, node, conf.clone()))
         }
         Source::Etcd(access) => {
             let settings = etcd::Settings {

@@ -7,6 +7,7 @@ mod backoff;
 mod claims;
 pub mod etcd;
 pub mod file;
+pub mod kept;
 mod kernel;
 pub mod kube;
 

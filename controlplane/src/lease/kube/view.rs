@@ -200,6 +200,13 @@ fn peer_leases(node: &Node, prefix: &Prefix, conf: &NetConf) -> (Vec<Lease>, Opt
             )),
         );
     }
+    if node.pod_cidrs.len() > 2 {
+        let problem = format!(
+            "pod cidrs should be IPv4/IPv6 only or dualstack: spec.podCIDRs is {:?}",
+            node.pod_cidrs
+        );
+        return (Vec::new(), Some(problem));
+    }
     let (mut leases, mut problems) = (Vec::new(), Vec::new());
     for family in conf.families() {
         match peer_lease(node, family, prefix, conf) {
