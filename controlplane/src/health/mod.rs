@@ -166,7 +166,7 @@ impl Health {
     }
 
     /// A Kubernetes Event was written, or not.
-    pub(crate) fn event(&self, outcome: Outcome) {
+    pub fn event(&self, outcome: Outcome) {
         self.figures.events[outcome as usize].inc();
     }
 

@@ -12,6 +12,9 @@ use super::Lease;
 use crate::family::Family;
 use crate::mac::Mac;
 
+/// How many are named in one go.
+const NAMED_MAX: usize = 20;
+
 /// What stands against a claim, and whose it is.
 pub(super) enum Conflict {
     /// The VTEP MAC address is another's.
@@ -51,4 +54,31 @@ impl Taken {
             self.macs.insert((lease.family(), mac), node());
         }
     }
+}
+
+/// Names those that have come to be skipped, or for another reason, once. A whole cluster of another backend is not
+/// worth a line each.
+pub(super) fn name_skipped(
+    kind: &str,
+    named: &mut BTreeMap<Arc<str>, String>,
+    skipped: &mut BTreeMap<Arc<str>, String>,
+) {
+    let news = skipped
+        .iter()
+        .filter(|(node, reason)| named.get(*node) != Some(reason));
+    let count = news.clone().count();
+    for (node, reason) in news.take(NAMED_MAX) {
+        tracing::warn!("{kind} {node:?} {reason}");
+    }
+    if count > NAMED_MAX {
+        tracing::warn!("and {} more {kind}s are skipped", count - NAMED_MAX);
+    }
+    for node in named
+        .keys()
+        .filter(|node| !skipped.contains_key(*node))
+        .take(NAMED_MAX)
+    {
+        tracing::info!("nothing stands against {kind} {node:?}");
+    }
+    core::mem::swap(named, skipped);
 }

@@ -3,16 +3,21 @@
 //! A source is a stream of *whole* sets. Nobody downstream ever sees "lease added" or "lease removed":
 //! what changed is always the difference of two sets, so a lost event can delay a change but not lose it.
 
+#[cfg(feature = "clusters")]
 mod backoff;
+#[cfg(feature = "clusters")]
 mod claims;
+#[cfg(feature = "clusters")]
 pub mod etcd;
 pub mod file;
+#[cfg(feature = "clusters")]
 pub mod kept;
+#[cfg(feature = "clusters")]
 mod kernel;
+#[cfg(feature = "clusters")]
 pub mod kube;
 
 use core::net::IpAddr;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -22,9 +27,6 @@ use ipnet::IpNet;
 use crate::family::{Family, PerFamily};
 use crate::mac::Mac;
 use crate::sys::Wake;
-
-/// How many are named in one go.
-const NAMED_MAX: usize = 20;
 
 /// One node's claim on a pod subnet of one address family, with what others need to reach it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,33 +106,6 @@ pub(crate) fn vtep_mac_problem(mac: Mac) -> Option<&'static str> {
         (_, true) => Some("a group address"),
         (false, false) => None,
     }
-}
-
-/// Names those that have come to be skipped, or for another reason, once. A whole cluster of another backend is not
-/// worth a line each.
-fn name_skipped(
-    kind: &str,
-    named: &mut BTreeMap<Arc<str>, String>,
-    skipped: &mut BTreeMap<Arc<str>, String>,
-) {
-    let news = skipped
-        .iter()
-        .filter(|(node, reason)| named.get(*node) != Some(reason));
-    let count = news.clone().count();
-    for (node, reason) in news.take(NAMED_MAX) {
-        tracing::warn!("{kind} {node:?} {reason}");
-    }
-    if count > NAMED_MAX {
-        tracing::warn!("and {} more {kind}s are skipped", count - NAMED_MAX);
-    }
-    for node in named
-        .keys()
-        .filter(|node| !skipped.contains_key(*node))
-        .take(NAMED_MAX)
-    {
-        tracing::info!("nothing stands against {kind} {node:?}");
-    }
-    core::mem::swap(named, skipped);
 }
 
 /// What a source reports.
