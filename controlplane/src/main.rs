@@ -19,7 +19,10 @@ use ripstop_controlplane::health::metrics::Scraper;
 use ripstop_controlplane::health::server::{self, HealthFlags};
 use ripstop_controlplane::health::watch::Watcher;
 use ripstop_controlplane::interface::{Pattern, Selection};
+use ripstop_controlplane::lease::etcd::flags::EtcdFlags;
+use ripstop_controlplane::lease::etcd::{self, EtcdSource};
 use ripstop_controlplane::lease::file::FileSource;
+use ripstop_controlplane::lease::kept::Kept;
 use ripstop_controlplane::lease::kube::annotations::{DEFAULT_PREFIX, Prefix};
 use ripstop_controlplane::lease::kube::{self, KubeSource, events};
 use ripstop_controlplane::lease::{LeaseSink, LeaseSource};
@@ -44,9 +47,11 @@ struct Flags {
         default_value = "/etc/kube-flannel/net-conf.json"
     )]
     net_config_path: PathBuf,
-    /// Leases of all nodes; watched
-    #[arg(long, value_name = "FILE", default_value = "/etc/ripstop/leases.json")]
-    lease_file: PathBuf,
+    /// Leases of all nodes; watched [default: /etc/ripstop/leases.json, if it exists and no other source is named]
+    #[arg(long, value_name = "FILE")]
+    lease_file: Option<PathBuf>,
+    #[command(flatten)]
+    etcd: EtcdFlags,
     /// This node's name [default: the host's, or with --kube-subnet-mgr that of the node of pod POD_NAME in POD_NAMESPACE]
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     node_name: Option<String>,
@@ -65,7 +70,7 @@ struct Flags {
     /// IPv6 address that other nodes reach this one by
     #[arg(long, value_name = "IP")]
     public_ipv6: Option<Ipv6Addr>,
-    /// Take the leases from the nodes of the Kubernetes cluster instead of --lease-file
+    /// Take the leases from the nodes of the Kubernetes cluster
     #[arg(long)]
     kube_subnet_mgr: bool,
     /// URL of the Kubernetes API server [default: the kubeconfig's, or the pod's own cluster]
@@ -115,7 +120,7 @@ struct Flags {
         value_parser = Exempt::parse
     )]
     no_masquerade: Vec<Exempt>,
-    /// Where pods find this node's subnet [default with --kube-subnet-mgr: /run/flannel/subnet.env, else not written]
+    /// Where pods find this node's subnet [default: /run/flannel/subnet.env, but not written with --lease-file]
     #[arg(long, value_name = "FILE")]
     subnet_file: Option<PathBuf>,
     /// Keep a route that refuses what is for no pod of this node
@@ -127,6 +132,54 @@ struct Flags {
     health: HealthFlags,
     #[command(flatten)]
     logs: LogFlags,
+}
+
+/// Where leases are looked for if nothing is said about it.
+const LEASE_FILE: &str = "/etc/ripstop/leases.json";
+
+/// Where the leases are.
+enum Source {
+    Kube(Kube),
+    File(PathBuf),
+    Etcd(etcd::Access),
+}
+
+impl Flags {
+    fn given_lease_file(&self) -> Option<&PathBuf> {
+        let given = self.lease_file.as_ref();
+        given.filter(|path| !path.as_os_str().is_empty())
+    }
+
+    /// Leases come from one place.
+    fn check_source(&self) -> Result<(), String> {
+        let kube = self.kube_subnet_mgr.then_some("--kube-subnet-mgr");
+        let file = self.given_lease_file().map(|_| "--lease-file");
+        let mut given = [kube, file, self.etcd.given()].into_iter().flatten();
+        match (given.next(), given.next()) {
+            (Some(one), Some(other)) => Err(format!(
+                "{one} and {other} (or their FLANNELD_ variables) name two sources of leases: remove one of them"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn source(&self) -> anyhow::Result<Source> {
+        if self.kube_subnet_mgr {
+            return Ok(Source::Kube(Kube::new(self)?));
+        }
+        let usual = || PathBuf::from(LEASE_FILE);
+        match (self.given_lease_file(), self.etcd.given()) {
+            (Some(path), _) => Ok(Source::File(path.clone())),
+            (None, None) if usual().exists() => Ok(Source::File(usual())),
+            (None, _) => {
+                let (access, odd) = self.etcd.access();
+                for odd in odd {
+                    tracing::warn!("{odd}");
+                }
+                Ok(Source::Etcd(access))
+            }
+        }
+    }
 }
 
 /// A flag with a value, so that its environment variable can say either.
@@ -157,7 +210,11 @@ fn flags() -> Result<(Flags, Vec<String>), clap::Error> {
     let problems = goflags::add_environment(&command, &mut args, variable);
     goflags::drop_empty(&mut args);
     let matches = command.try_get_matches_from_mut(args)?;
-    Ok((Flags::from_arg_matches(&matches)?, problems))
+    let flags = Flags::from_arg_matches(&matches)?;
+    flags
+        .check_source()
+        .map_err(|error| command.error(ErrorKind::ArgumentConflict, error))?;
+    Ok((flags, problems))
 }
 
 fn main() -> ExitCode {
@@ -186,7 +243,7 @@ fn main() -> ExitCode {
 
 /// What `--kube-subnet-mgr` needs, checked.
 struct Kube {
-    config: ::kube::Config,
+    server: kube::Server,
     prefix: Prefix,
 }
 
@@ -207,9 +264,10 @@ impl Kube {
             );
         }
         let url = flags.kube_api_url.as_deref();
-        let config = kube::config(url, flags.kubeconfig_file.as_deref())
+        let server = kube::Server::new(url, flags.kubeconfig_file.as_deref())
+            .and_then(|server| server.load_blocking().map(|_config| server))
             .context("Failed to create SubnetManager")?;
-        Ok(Self { config, prefix })
+        Ok(Self { server, prefix })
     }
 
     fn node_of_pod(&self) -> anyhow::Result<String> {
@@ -220,7 +278,7 @@ impl Kube {
             );
         };
         Ok(kube::node_of_pod(
-            self.config.clone(),
+            &self.server,
             &namespace,
             &pod,
             POD_PATIENCE,
@@ -241,17 +299,31 @@ fn run(flags: Flags) -> anyhow::Result<()> {
         let scraper = Scraper::new(&flags.run_dir, Some(Arc::clone(&health)));
         server::start(listener, Arc::clone(&health), scraper)?;
     }
-    let conf = NetConf::load(&flags.net_config_path)?;
-    let kube = match flags.kube_subnet_mgr {
-        true => Some(Kube::new(&flags)?),
-        false => None,
+    let source = flags.source()?;
+    let (conf, pools) = match &source {
+        Source::Kube(_) | Source::File(_) => {
+            (NetConf::load(&flags.net_config_path)?, PerFamily::default())
+        }
+        Source::Etcd(access) => {
+            let found = etcd::wait_for_config(access, &signals);
+            match found.context("wait for the network configuration")? {
+                Some(config) => (config.conf, config.pools),
+                None => return Ok(()),
+            }
+        }
     };
     let named = flags.node_name.filter(|name| !name.is_empty());
-    let node = match (named, &kube) {
+    let node = match (named, &source) {
         (Some(name), _) => name,
-        (None, Some(kube)) => kube.node_of_pod()?,
-        (None, None) => hostname().context("read the host name; give --node-name")?,
+        (None, Source::Kube(kube)) => kube.node_of_pod()?,
+        (None, Source::File(_) | Source::Etcd(_)) => {
+            hostname().context("read the host name; give --node-name")?
+        }
     };
+    let subnet_file = flags.subnet_file.or_else(|| {
+        let usual = PathBuf::from(ripstop_cni::subnet_env::DEFAULT_PATH);
+        (!matches!(source, Source::File(_))).then_some(usual)
+    });
     let mut selection = Selection {
         ifaces: flags.iface,
         patterns: flags.iface_regex,
@@ -268,10 +340,15 @@ fn run(flags: Flags) -> anyhow::Result<()> {
         host_gw: conf.backend == Backend::HostGw,
     };
     let ready = Arc::new(AtomicBool::new(false));
-    let source: Box<dyn LeaseSource> = match kube {
-        Some(kube) => {
+    let source: Box<dyn LeaseSource> = match source {
+        Source::Kube(kube) => {
             let watcher = Watcher::new(flags.run_dir.clone(), Arc::clone(&health));
-            events::start(kube.config.clone(), &node, watcher, Arc::clone(&health))?;
+            events::start(
+                kube.server.load_blocking()?,
+                &node,
+                watcher,
+                Arc::clone(&health),
+            )?;
             let settings = kube::Settings {
                 node: node.clone(),
                 conf: conf.clone(),
@@ -280,21 +357,35 @@ fn run(flags: Flags) -> anyhow::Result<()> {
                 set_network_available: flags.set_node_network_unavailable,
                 ready: Arc::clone(&ready),
                 silent: kube::SILENT,
+                recheck: kube::RECHECK,
             };
             // Whether a public IP is the interface's is for the source to say, which knows the Node's word for it too.
             selection.public_ips = PerFamily::default();
-            Box::new(KubeSource::new(kube.config, settings))
+            let source =
+                KubeSource::new(kube.server, settings).context("Failed to create SubnetManager")?;
+            let (run_dir, node) = (&flags.run_dir, node.clone());
+            Box::new(Kept::new(Box::new(source), run_dir, node, conf.clone()))
         }
-        None => Box::new(FileSource::new(
-            flags.lease_file,
-            node.clone(),
-            conf.clone(),
-        )),
+        Source::Etcd(access) => {
+            let settings = etcd::Settings {
+                node: node.clone(),
+                access,
+                config: etcd::Config {
+                    conf: conf.clone(),
+                    pools,
+                },
+                selection: selection.clone(),
+                subnet_file: subnet_file.clone().unwrap_or_default(),
+                ttl: etcd::TTL,
+                margin: Duration::from_secs(flags.etcd.subnet_lease_renew_margin * 60),
+                silent: etcd::SILENT,
+            };
+            // As above.
+            selection.public_ips = PerFamily::default();
+            Box::new(EtcdSource::new(settings))
+        }
+        Source::File(path) => Box::new(FileSource::new(path, node.clone(), conf.clone())),
     };
-    let subnet_file = flags.subnet_file.or_else(|| {
-        let usual = PathBuf::from(ripstop_cni::subnet_env::DEFAULT_PATH);
-        flags.kube_subnet_mgr.then_some(usual)
-    });
     let mut reconciler = Reconciler::new(Settings {
         node: node.clone(),
         selection,

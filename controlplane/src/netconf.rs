@@ -4,14 +4,14 @@
 //! treats `null` as "not given" for numbers and booleans; files in the wild rely on it. What flannel accepts but
 //! this version cannot do is refused by name: an option that is silently ignored is a bug that someone else finds.
 
-use core::net::{Ipv4Addr, Ipv6Addr};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 pub use ripstop_fib::Dscp;
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 
-use crate::family::Family;
+use crate::family::{Family, PerFamily};
 
 /// The kernel's default VXLAN port, used when `Port` is 0 or absent.
 pub const VXLAN_PORT_DEFAULT: u16 = 8472;
@@ -210,6 +210,9 @@ pub enum NetConfError {
         "please define a correct IPv6Network parameter in the flannel config, like \"IPv6Network\": \"fd00:10:244::/48\""
     )]
     NoNetwork6,
+    /// Subnets do not fit where nodes choose them from; flannel's words.
+    #[error("{0}")]
+    Pool(String),
     /// The backend is IPv4's alone.
     #[error(
         "the {backend} backend carries IPv4 only, as in flannel: set \"EnableIPv6\": false, or use \"Backend\": {{\"Type\": \"vxlan\"}} or \"host-gw\""
@@ -251,11 +254,28 @@ impl NetConf {
 
     /// Checks the text of a configuration.
     pub fn parse(bytes: &[u8]) -> Result<Self, NetConfError> {
+        Self::read(bytes).map(|(conf, _)| conf)
+    }
+
+    /// Checks the text of a configuration by which nodes choose their own subnets, and from where.
+    pub fn parse_with_pools(bytes: &[u8]) -> Result<(Self, PerFamily<Option<Pool>>), NetConfError> {
+        let (conf, bounds) = Self::read(bytes)?;
+        let mut pools = PerFamily::default();
+        for family in conf.families() {
+            if let Some(network) = conf.network(family) {
+                *pools.get_mut(family) = Some(Pool::new(network, *bounds.get(family))?);
+            }
+        }
+        Ok((conf, pools))
+    }
+
+    fn read(bytes: &[u8]) -> Result<(Self, PerFamily<Bounds>), NetConfError> {
         let entries = object(serde_json::from_slice(bytes)?, "the file")?;
         let mut ipv4 = true;
         let mut ipv6 = false;
         let mut nftables = false;
         let (mut network, mut network6) = (None, None);
+        let mut bounds = PerFamily::<Bounds>::default();
         // Flannel's default when the key is absent, whatever its documentation says.
         let mut backend = RawBackend {
             kind: Some("udp".to_owned()),
@@ -270,12 +290,12 @@ impl NetConf {
                 "network" => network = Some(ipv4_network(&value)?),
                 "ipv6network" => network6 = Some(cidr("IPv6Network", &value)?),
                 // Subnet allocation is the etcd source's; the types are checked all the same, as flannel does.
-                "subnetlen" => unsigned("SubnetLen", &value)?,
-                "ipv6subnetlen" => unsigned("IPv6SubnetLen", &value)?,
-                "subnetmin" => address("SubnetMin", &value)?,
-                "subnetmax" => address("SubnetMax", &value)?,
-                "ipv6subnetmin" => address("IPv6SubnetMin", &value)?,
-                "ipv6subnetmax" => address("IPv6SubnetMax", &value)?,
+                "subnetlen" => unsigned("SubnetLen", &value, &mut bounds.v4.len)?,
+                "ipv6subnetlen" => unsigned("IPv6SubnetLen", &value, &mut bounds.v6.len)?,
+                "subnetmin" => bounds.v4.min = address("SubnetMin", &value)?,
+                "subnetmax" => bounds.v4.max = address("SubnetMax", &value)?,
+                "ipv6subnetmin" => bounds.v6.min = address("IPv6SubnetMin", &value)?,
+                "ipv6subnetmax" => bounds.v6.max = address("IPv6SubnetMax", &value)?,
                 "backend" => backend = RawBackend::parse(value)?,
                 _ => {}
             }
@@ -314,13 +334,138 @@ impl NetConf {
                 backend: backend.name(),
             });
         }
-        Ok(Self {
+        let conf = Self {
             network: given.filter(|_| ipv4),
             network6: given6,
             backend,
             dscp,
             nftables,
+        };
+        Ok((conf, bounds))
+    }
+}
+
+/// Where nodes choose their subnets from, when they do that themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pool {
+    /// Prefix length of each subnet.
+    pub len: u8,
+    /// The first that may be chosen.
+    pub min: IpAddr,
+    /// The last.
+    pub max: IpAddr,
+}
+
+/// `SubnetLen`, `SubnetMin` and `SubnetMax` of a family as they stand in the file; 0 is not given.
+#[derive(Debug, Clone, Copy, Default)]
+struct Bounds {
+    len: u64,
+    min: Option<IpAddr>,
+    max: Option<IpAddr>,
+}
+
+impl Pool {
+    /// Flannel's checks and defaults, in its order.
+    fn new(network: IpNet, bounds: Bounds) -> Result<Self, NetConfError> {
+        let problem = NetConfError::Pool;
+        let (family, have) = (Family::of_net(network), network.prefix_len());
+        let (bits, prefix, name) = match family {
+            Family::V4 => (family.bits(), "", "network"),
+            Family::V6 => (family.bits(), "IPv6", "IPv6Network"),
+        };
+        let usual = match family {
+            Family::V4 => 24,
+            Family::V6 => 64,
+        };
+        let len = match u8::try_from(bounds.len) {
+            // Not given. A node needs four addresses, and the first of the subnets is not used.
+            Ok(0) if have > bits - 4 => {
+                return Err(problem(format!(
+                    "{name} is too small. Minimum useful network prefix is /{}",
+                    bits - 4
+                )));
+            }
+            Ok(0) if have <= usual - 2 => usual,
+            Ok(0) => have + 2,
+            Ok(len) if len <= bits - 2 => len,
+            _ => {
+                return Err(problem(format!(
+                    "SubnetLen must be less than /{}",
+                    bits - 1
+                )));
+            }
+        };
+        if len < have + 2 {
+            return Err(problem(
+                "network must be able to accommodate at least four subnets".to_owned(),
+            ));
+        }
+        let size = 1 << (bits - len);
+        let first = number(network.network());
+        let last = number(network.broadcast());
+        let bound = |what: &str, given: Option<IpAddr>, default: u128| {
+            let Some(given) = given else {
+                return Ok(address_of(family, default));
+            };
+            if !network.contains(&given) {
+                return Err(problem(format!(
+                    "{prefix}{what} is not in the range of the {prefix}Network"
+                )));
+            }
+            if number(given) % size != 0 {
+                return Err(problem(format!(
+                    "{prefix}{what} is not on a SubnetLen boundary: {given}"
+                )));
+            }
+            Ok(given)
+        };
+        Ok(Self {
+            len,
+            min: bound("SubnetMin", bounds.min, first + size)?,
+            max: bound("SubnetMax", bounds.max, last - (size - 1))?,
         })
+    }
+
+    /// Whether a subnet could have been chosen from here.
+    pub fn contains(&self, subnet: IpNet) -> bool {
+        let network = subnet.network();
+        Family::of(self.min) == Family::of(network)
+            && subnet.prefix_len() == self.len
+            && (self.min..=self.max).contains(&network)
+    }
+
+    /// The first subnet.
+    pub fn first(&self) -> Option<IpNet> {
+        self.at(number(self.min))
+    }
+
+    /// The first subnet of which nothing comes before or at `address`.
+    pub fn after(&self, address: IpAddr) -> Option<IpNet> {
+        let size = 1 << (Family::of(self.min).bits() - self.len);
+        let next = (number(address) / size).checked_add(1)?.checked_mul(size)?;
+        self.at(next.max(number(self.min)))
+    }
+
+    fn at(&self, first: u128) -> Option<IpNet> {
+        let address = address_of(Family::of(self.min), first);
+        let net = IpNet::new(address, self.len).ok();
+        net.filter(|_| first <= number(self.max))
+    }
+}
+
+/// An address as a number.
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => u128::from(address.to_bits()),
+        IpAddr::V6(address) => address.to_bits(),
+    }
+}
+
+/// The address with a number, which is one of the family.
+fn address_of(family: Family, number: u128) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::from_bits(u32::try_from(number).unwrap_or(u32::MAX)).into(),
+        Family::V6 => Ipv6Addr::from_bits(number).into(),
     }
 }
 
@@ -590,15 +735,13 @@ fn integer(key: &'static str, value: &Json, into: &mut i64) -> Result<(), NetCon
     }
 }
 
-fn unsigned(key: &'static str, value: &Json) -> Result<(), NetConfError> {
-    let mut given = 0;
+fn unsigned(key: &'static str, value: &Json, into: &mut u64) -> Result<(), NetConfError> {
+    let mut given = i64::try_from(*into).unwrap_or(i64::MAX);
     integer(key, value, &mut given)?;
-    if given < 0 {
-        return Err(NetConfError::Value {
-            key,
-            problem: format!("{given} is negative"),
-        });
-    }
+    *into = u64::try_from(given).map_err(|_negative| NetConfError::Value {
+        key,
+        problem: format!("{given} is negative"),
+    })?;
     Ok(())
 }
 
@@ -633,23 +776,23 @@ fn ipv6_network(network: IpNet) -> Result<Ipv6Net, NetConfError> {
     }
 }
 
-fn address(key: &'static str, value: &Json) -> Result<(), NetConfError> {
+/// An address; the unspecified one is none, as in flannel.
+fn address(key: &'static str, value: &Json) -> Result<Option<IpAddr>, NetConfError> {
     let Json::String(text) = value else {
         return Err(wrong(key, "an IP address", value));
     };
-    let is_v6 = key.starts_with("IPv6");
-    let valid = if is_v6 {
-        text.parse::<Ipv6Addr>().is_ok()
+    let address = if key.starts_with("IPv6") {
+        text.parse().map(IpAddr::V6).ok()
     } else {
-        text.parse::<Ipv4Addr>().is_ok()
+        text.parse().map(IpAddr::V4).ok()
     };
-    if valid {
-        return Ok(());
+    match address {
+        Some(address) => Ok(Some(address).filter(|address| !address.is_unspecified())),
+        None => Err(NetConfError::Value {
+            key,
+            problem: format!("invalid IP address: {text:?}"),
+        }),
     }
-    Err(NetConfError::Value {
-        key,
-        problem: format!("invalid IP address: {text:?}"),
-    })
 }
 
 #[cfg(test)]
@@ -689,6 +832,126 @@ mod tests {
         // An absent backend is udp, whatever flannel's documentation says.
         let conf = parsed(r#"{"Network":"10.244.0.0/16"}"#);
         assert_eq!(conf.backend, Backend::Udp { port: 8285 });
+    }
+
+    #[test]
+    fn pools_are_flannels() {
+        let pool = |text: &str| {
+            let text = format!(r#"{{{text},"Backend":{{"Type":"vxlan"}}}}"#);
+            NetConf::parse_with_pools(text.as_bytes()).map(|(_, pools)| pools)
+        };
+        let four = |text: &str| {
+            let pools = pool(text).unwrap();
+            let pool = pools.v4.unwrap();
+            format!("/{} {} {}", pool.len, pool.min, pool.max)
+        };
+        let six = |text: &str| {
+            let text = format!(r#""EnableIPv4":false,"EnableIPv6":true,"IPv6Network":{text}"#);
+            pool(&text).map(|pools| {
+                let pool = pools.v6.unwrap();
+                format!("/{} {} {}", pool.len, pool.min, pool.max)
+            })
+        };
+        for (text, expected) in [
+            (r#""Network":"10.5.0.0/16""#, "/24 10.5.1.0 10.5.255.0"),
+            (r#""Network":"10.5.0.0/22""#, "/24 10.5.1.0 10.5.3.0"),
+            (r#""Network":"10.5.0.0/23""#, "/25 10.5.0.128 10.5.1.128"),
+            (r#""Network":"10.5.0.0/28""#, "/30 10.5.0.4 10.5.0.12"),
+            (
+                r#""Network":"10.0.0.0/8","SubnetLen":20,"SubnetMin":"10.10.0.0","SubnetMax":"10.99.0.0""#,
+                "/20 10.10.0.0 10.99.0.0",
+            ),
+            (
+                r#""Network":"10.5.0.0/16","SubnetMin":"0.0.0.0","subnetlen":null"#,
+                "/24 10.5.1.0 10.5.255.0",
+            ),
+        ] {
+            assert_eq!(four(text), expected, "{text}");
+        }
+        for (text, expected) in [
+            (r#""fd00:5::/48""#, "/64 fd00:5:0:1:: fd00:5:0:ffff::"),
+            (r#""fd00:5::/62""#, "/64 fd00:5:0:1:: fd00:5:0:3::"),
+            (
+                r#""fd00:5::/63""#,
+                "/65 fd00:5:0:0:8000:: fd00:5:0:1:8000::",
+            ),
+            (
+                r#""fd00:5::/48","IPv6SubnetLen":56,"IPv6SubnetMax":"fd00:5:0:700::""#,
+                "/56 fd00:5:0:100:: fd00:5:0:700::",
+            ),
+        ] {
+            assert_eq!(six(text).unwrap(), expected, "{text}");
+        }
+        for (text, expected) in [
+            (
+                r#""SubnetLen":24"#,
+                "please define a correct Network parameter in the flannel config",
+            ),
+            (
+                r#""Network":"10.5.0.0/16","SubnetLen":31"#,
+                "SubnetLen must be less than /31",
+            ),
+            (
+                r#""Network":"10.5.0.0/16","SubnetLen":256"#,
+                "SubnetLen must be less than /31",
+            ),
+            (
+                r#""Network":"10.5.0.0/16","SubnetLen":17"#,
+                "network must be able to accommodate at least four subnets",
+            ),
+            (
+                r#""Network":"10.5.0.0/29""#,
+                "network is too small. Minimum useful network prefix is /28",
+            ),
+            (
+                r#""Network":"10.5.0.0/16","SubnetMin":"10.4.0.0""#,
+                "SubnetMin is not in the range of the Network",
+            ),
+            (
+                r#""Network":"10.5.0.0/16","SubnetMax":"10.6.0.0""#,
+                "SubnetMax is not in the range of the Network",
+            ),
+            (
+                r#""Network":"10.5.0.0/16","SubnetMin":"10.5.1.1""#,
+                "SubnetMin is not on a SubnetLen boundary: 10.5.1.1",
+            ),
+            (
+                r#""Network":"10.5.0.0/16","SubnetMax":"10.5.1.128""#,
+                "SubnetMax is not on a SubnetLen boundary: 10.5.1.128",
+            ),
+        ] {
+            let error = pool(text).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{text}: {error}");
+        }
+        for (text, expected) in [
+            (
+                r#""::/0""#,
+                "please define a correct IPv6Network parameter in the flannel config",
+            ),
+            (
+                r#""fd00:5::/48","IPv6SubnetLen":127"#,
+                "SubnetLen must be less than /127",
+            ),
+            (
+                r#""fd00:5::/48","IPv6SubnetLen":49"#,
+                "network must be able to accommodate at least four subnets",
+            ),
+            (
+                r#""fd00:5::/125""#,
+                "IPv6Network is too small. Minimum useful network prefix is /124",
+            ),
+            (
+                r#""fd00:5::/48","IPv6SubnetMin":"fd00:6::""#,
+                "IPv6SubnetMin is not in the range of the IPv6Network",
+            ),
+            (
+                r#""fd00:5::/48","IPv6SubnetMax":"fd00:5::1""#,
+                "IPv6SubnetMax is not on a SubnetLen boundary: fd00:5::1",
+            ),
+        ] {
+            let error = six(text).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{text}: {error}");
+        }
     }
 
     #[test]

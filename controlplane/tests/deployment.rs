@@ -91,6 +91,64 @@ fn the_units_have_the_capabilities_of_the_manifest() {
     }
 }
 
+/// What nobody reads, nobody keeps right.
+#[test]
+fn every_file_under_configs_has_a_reader() {
+    let mut left: BTreeSet<String> = files(&root().join("configs"), "");
+    for (reader, files) in [
+        ("tests/configs.rs", &["net-conf.json", "leases.json"][..]),
+        (
+            "../dataplane/tests/config.rs",
+            &["dataplane/eth0-q0.json", "dataplane/auto/template.json"],
+        ),
+        ("tests/kubernetes.rs", &["kubernetes/ripstop.yml"]),
+        (
+            "tests/kubernetes.rs, through helm",
+            &[
+                "kubernetes/chart/Chart.yaml",
+                "kubernetes/chart/values.yaml",
+                "kubernetes/chart/templates/_helpers.tpl",
+                "kubernetes/chart/templates/config.yaml",
+                "kubernetes/chart/templates/daemonset.yaml",
+                "kubernetes/chart/templates/rbac.yaml",
+            ],
+        ),
+        (
+            "this file",
+            &[
+                "systemd/ripstop-controlplane.service",
+                "systemd/ripstop-dataplane.service",
+                "systemd/controlplane.env",
+                "systemd/dataplane.env",
+                "container/Dockerfile",
+            ],
+        ),
+        ("docker build", &["container/Dockerfile.dockerignore"]),
+        ("make tools", &["tools"]),
+        ("the metrics' tests", &["grafana/ripstop.json"]),
+    ] {
+        for file in files {
+            assert!(left.remove(*file), "{file}, read by {reader}, is not there");
+        }
+    }
+    left.retain(|file| !file.ends_with("README.md"));
+    assert_eq!(left, BTreeSet::new(), "no test reads these");
+}
+
+/// The files below a directory, by their paths from there.
+fn files(directory: &Path, prefix: &str) -> BTreeSet<String> {
+    let entries = fs::read_dir(directory).unwrap().map(Result::unwrap);
+    entries
+        .flat_map(|entry| {
+            let name = format!("{prefix}{}", entry.file_name().to_str().unwrap());
+            match entry.path().is_dir() {
+                true => files(&entry.path(), &format!("{name}/")),
+                false => BTreeSet::from([name]),
+            }
+        })
+        .collect()
+}
+
 /// The assignments of an environment file, those that are commented out included.
 fn assignments(text: &str) -> Vec<(String, String)> {
     let lines = text.lines().map(|line| line.trim_start_matches('#'));
@@ -99,6 +157,15 @@ fn assignments(text: &str) -> Vec<(String, String)> {
     names
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .collect()
+}
+
+#[test]
+fn the_data_planes_environment_file_names_an_interface() {
+    let variables = assignments(&read("systemd/dataplane.env"));
+    assert_eq!(
+        variables,
+        [("FLANNELD_IFACE".to_owned(), "eth1".to_owned())]
+    );
 }
 
 #[test]

@@ -33,6 +33,10 @@ fn a_bad_flag_ends_with_2_and_names_itself() {
             &["-public-ip=here"],
             "invalid value 'here' for '--public-ip",
         ),
+        (
+            &["-subnet-lease-renew-margin=1440"],
+            "Invalid subnet-lease-renew-margin option, out of acceptable range",
+        ),
     ] {
         let (text, status) = refused(args, &[]);
         assert!(text.contains(message), "{args:?}: {text}");
@@ -54,7 +58,10 @@ fn one_dash_two_dashes_and_variables_say_the_same() {
             "-nonsense",
         ],
     ] {
-        let variables = [("FLANNELD_NET_CONFIG_PATH", "/nowhere/variable")];
+        let variables = [
+            ("FLANNELD_NET_CONFIG_PATH", "/nowhere/variable"),
+            ("FLANNELD_LEASE_FILE", "/nowhere/leases"),
+        ];
         let (text, status) = refused(args, &variables);
         assert!(text.contains("/nowhere/given"), "{args:?}: {text}");
         assert_eq!(status, Some(1), "{args:?}");
@@ -62,6 +69,7 @@ fn one_dash_two_dashes_and_variables_say_the_same() {
     let variables = [
         ("FLANNELD_NET_CONFIG_PATH", "/nowhere/variable"),
         ("FLANNELD_PUBLIC_IP", "here"),
+        ("FLANNELD_LEASE_FILE", "/nowhere/leases"),
     ];
     let (text, status) = refused(&[], &variables);
     assert!(text.contains("/nowhere/variable"), "{text}");
@@ -91,7 +99,7 @@ fn help_and_version_are_no_errors() {
 fn logs_are_as_the_flags_say() {
     let conf = "--net-config-path=/nowhere/net-conf.json";
     let lines = |args: &[&str], variables: &[(&str, &str)]| {
-        let (text, status) = refused(&[&[conf], args].concat(), variables);
+        let (text, status) = refused(&[&[conf, "--lease-file=/leases"], args].concat(), variables);
         assert_eq!(status, Some(1), "{args:?}: {text}");
         text
     };
@@ -157,4 +165,30 @@ fn a_health_address_that_cannot_be_had_ends_with_1_and_says_what_to_do() {
     }
     let (_, status) = refused(&["--healthz-port=-1"], &[]);
     assert_eq!(status, Some(2));
+}
+
+#[test]
+fn two_sources_of_leases_are_named_both() {
+    for (args, variables, named) in [
+        (
+            &["-kube-subnet-mgr", "-lease-file=/leases"][..],
+            &[][..],
+            ["--kube-subnet-mgr", "--lease-file"],
+        ),
+        (
+            &["--etcd-prefix", "/p", "-kube-subnet-mgr"],
+            &[],
+            ["--kube-subnet-mgr", "--etcd-prefix"],
+        ),
+        (
+            &["--lease-file=/leases"],
+            &[("FLANNELD_ETCD_ENDPOINTS", "http://10.0.0.1:2379")],
+            ["--lease-file", "--etcd-endpoints"],
+        ),
+    ] {
+        let (text, status) = refused(args, variables);
+        let names = named.iter().all(|name| text.contains(name));
+        assert!(names, "{args:?}: {text}");
+        assert_eq!(status, Some(2), "{args:?}");
+    }
 }

@@ -16,12 +16,14 @@
 use core::net::IpAddr;
 use core::time::Duration;
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use ipnet::IpNet;
 use serde::Deserialize;
+use serde::ser::{SerializeStruct as _, Serializer as _};
 
 use super::{
     Lease, LeaseEvent, LeaseSet, LeaseSink, LeaseSource, public_ip_problem, vtep_mac_problem,
@@ -229,6 +231,43 @@ pub fn parse(bytes: &[u8], own_node: &str, conf: &NetConf) -> Result<LeaseSet, L
         });
     }
     Ok(LeaseSet { own, peers })
+}
+
+/// Writes a set as a lease file, which [`parse`] reads back as the same set.
+pub fn write(set: &LeaseSet, output: impl std::io::Write) -> serde_json::Result<()> {
+    let mut nodes: BTreeMap<&str, PerFamily<Option<&Lease>>> = BTreeMap::new();
+    let own = set.own.iter().filter_map(|(_, own)| own.as_ref());
+    for lease in own.chain(&set.peers) {
+        *nodes
+            .entry(&lease.node)
+            .or_default()
+            .get_mut(lease.family()) = Some(lease);
+    }
+    let entry = |(node, leases): (&&str, &PerFamily<Option<&Lease>>)| {
+        let mut entry = BTreeMap::from([("node", (*node).to_owned())]);
+        for keys in &KEYS {
+            if let Some(lease) = leases.get(keys.family) {
+                entry.insert(keys.public_ip, lease.public_ip.to_string());
+                entry.insert(keys.subnet, lease.subnet.to_string());
+                entry.extend(lease.vtep_mac.map(|mac| (keys.vtep_mac, mac.to_string())));
+            }
+        }
+        entry
+    };
+    let mut serializer = serde_json::Serializer::new(output);
+    let mut file = serializer.serialize_struct("LeaseFile", 2)?;
+    file.serialize_field("version", &1)?;
+    file.serialize_field("leases", &Sequence(|| nodes.iter().map(entry)))?;
+    file.end()
+}
+
+/// Entries that are made while they are written, not before.
+struct Sequence<F>(F);
+
+impl<I: Iterator<Item: serde::Serialize>, F: Fn() -> I> serde::Serialize for Sequence<F> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq((self.0)())
+    }
 }
 
 /// serde_json ends its messages with the position, which the error carries in fields of its own.

@@ -3,10 +3,16 @@
 //! A source is a stream of *whole* sets. Nobody downstream ever sees "lease added" or "lease removed":
 //! what changed is always the difference of two sets, so a lost event can delay a change but not lose it.
 
+mod backoff;
+mod claims;
+pub mod etcd;
 pub mod file;
+pub mod kept;
+mod kernel;
 pub mod kube;
 
 use core::net::IpAddr;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,6 +22,9 @@ use ipnet::IpNet;
 use crate::family::{Family, PerFamily};
 use crate::mac::Mac;
 use crate::sys::Wake;
+
+/// How many are named in one go.
+const NAMED_MAX: usize = 20;
 
 /// One node's claim on a pod subnet of one address family, with what others need to reach it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,6 +106,33 @@ pub(crate) fn vtep_mac_problem(mac: Mac) -> Option<&'static str> {
     }
 }
 
+/// Names those that have come to be skipped, or for another reason, once. A whole cluster of another backend is not
+/// worth a line each.
+fn name_skipped(
+    kind: &str,
+    named: &mut BTreeMap<Arc<str>, String>,
+    skipped: &mut BTreeMap<Arc<str>, String>,
+) {
+    let news = skipped
+        .iter()
+        .filter(|(node, reason)| named.get(*node) != Some(reason));
+    let count = news.clone().count();
+    for (node, reason) in news.take(NAMED_MAX) {
+        tracing::warn!("{kind} {node:?} {reason}");
+    }
+    if count > NAMED_MAX {
+        tracing::warn!("and {} more {kind}s are skipped", count - NAMED_MAX);
+    }
+    for node in named
+        .keys()
+        .filter(|node| !skipped.contains_key(*node))
+        .take(NAMED_MAX)
+    {
+        tracing::info!("nothing stands against {kind} {node:?}");
+    }
+    core::mem::swap(named, skipped);
+}
+
 /// What a source reports.
 #[derive(Debug)]
 pub enum LeaseEvent {
@@ -134,7 +170,7 @@ impl LeaseSink {
     }
 }
 
-/// A stream of whole lease sets: a file or the Kubernetes API, and later etcd.
+/// A stream of whole lease sets: a file, the Kubernetes API or etcd.
 pub trait LeaseSource: Send {
     /// What to call the source in logs and status.
     fn describe(&self) -> String;

@@ -96,17 +96,8 @@ impl AsFd for Monitor {
 impl Monitor {
     /// Subscribes. What happened before is not announced: take the first picture after this.
     pub fn open() -> Result<Self, NetlinkError> {
-        let socket = open_socket(NETLINK_ROUTE)?;
-        for group in GROUPS {
-            socket
-                .add_membership(group)
-                .map_err(|source| NetlinkError::Open {
-                    step: "subscribe to changes",
-                    source,
-                })?;
-        }
         Ok(Self {
-            socket,
+            socket: subscribe(&GROUPS)?,
             buffer: Vec::new(),
         })
     }
@@ -189,6 +180,70 @@ fn classify(kind: u16, payload: &[u8], interests: &Interests) -> Dirty {
         _ => {}
     }
     dirty
+}
+
+/// A subscription to what the choice of an underlay interface depends on: links, addresses and default routes.
+pub struct UnderlayMonitor {
+    socket: Socket,
+    buffer: Vec<u8>,
+}
+
+impl core::fmt::Debug for UnderlayMonitor {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("UnderlayMonitor").finish_non_exhaustive()
+    }
+}
+
+impl AsFd for UnderlayMonitor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        borrow_netlink(&self.socket)
+    }
+}
+
+impl UnderlayMonitor {
+    /// Subscribes. What happened before is not announced.
+    pub fn open() -> Result<Self, NetlinkError> {
+        /// Links; addresses and routes of IPv4; the same of IPv6 (rtnetlink.h).
+        const GROUPS: [u32; 5] = [1, 5, 7, 9, 11];
+        Ok(Self {
+            socket: subscribe(&GROUPS)?,
+            buffer: Vec::new(),
+        })
+    }
+
+    /// Reads all announcements that are waiting; whether the choice may be another after them.
+    pub fn drain(&mut self) -> Result<bool, NetlinkError> {
+        let mut touched = false;
+        loop {
+            match receive_into(&self.socket, &mut self.buffer) {
+                Ok(true) => for_each_message(&self.buffer, |kind, _, _, payload| {
+                    touched |= match kind {
+                        RTM_NEWLINK | RTM_DELLINK | RTM_NEWADDR | RTM_DELADDR => true,
+                        // Routes to peers come by the thousand.
+                        RTM_NEWROUTE | RTM_DELROUTE => Route::parse(payload)
+                            .is_some_and(|route| route.destination.prefix_len() == 0),
+                        _ => false,
+                    };
+                }),
+                Ok(false) => return Ok(touched),
+                Err(NetlinkError::Overrun) => touched = true,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+fn subscribe(groups: &[u32]) -> Result<Socket, NetlinkError> {
+    let socket = open_socket(NETLINK_ROUTE)?;
+    for &group in groups {
+        socket
+            .add_membership(group)
+            .map_err(|source| NetlinkError::Open {
+                step: "subscribe to changes",
+                source,
+            })?;
+    }
+    Ok(socket)
 }
 
 /// A subscription to changes of some nftables tables.

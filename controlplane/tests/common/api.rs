@@ -1,7 +1,10 @@
-//! An API service for tests: nodes, in memory, over plain HTTP, with the bad habits of real ones on demand.
+//! An API service for tests: nodes, in memory, with the bad habits of real ones on demand.
 //!
 //! It lists (in pages, or at once like a server that answers from its cache), watches (with bookmarks; late, out of
-//! order, cut off or expired), merges strategic patches into `nodes/status`, and remembers what it was asked.
+//! order, cut off or expired), merges strategic patches into `nodes/status`, and remembers what it was asked. It refuses
+//! what a real one refuses, so that a test that passes here has a chance there: names, annotations and pod CIDRs are
+//! checked, a pod CIDR is set once, a name is used once, a status patch leaves the spec alone, and queries that
+//! contradict themselves are errors.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use core::net::SocketAddr;
@@ -21,6 +24,8 @@ pub(crate) struct Request {
     /// Path and query.
     pub(crate) target: String,
     pub(crate) content_type: String,
+    /// `Authorization`.
+    pub(crate) credentials: String,
     pub(crate) body: String,
 }
 
@@ -63,6 +68,20 @@ pub(crate) struct Habits {
     pub(crate) bookmarks: Option<Duration>,
     /// Answers to so many requests with a verb: this status.
     pub(crate) refusals: Vec<(&'static str, u16, usize)>,
+    /// Without this `Authorization`, or a client certificate, the answer is 401.
+    pub(crate) credentials: Option<String>,
+}
+
+/// A connection as somebody made it.
+pub(crate) trait Connection: Read + Write {
+    /// The client has shown a certificate that we trust.
+    fn is_known(&self) -> bool;
+}
+
+impl Connection for TcpStream {
+    fn is_known(&self) -> bool {
+        false
+    }
 }
 
 #[derive(Default)]
@@ -98,6 +117,14 @@ pub(crate) struct Api {
 impl Api {
     /// Serves what comes to `listener`, whichever namespace that is in.
     pub(crate) fn serve(listener: TcpListener) -> Self {
+        Self::serve_by(listener, Ok)
+    }
+
+    /// The same, with something between the wire and us.
+    pub(crate) fn serve_by<C: Connection>(
+        listener: TcpListener,
+        accept: impl Fn(TcpStream) -> std::io::Result<C> + Clone + Send + 'static,
+    ) -> Self {
         let world = Arc::new(World {
             state: Mutex::new(State {
                 version: 100,
@@ -115,9 +142,13 @@ impl Api {
                 if world.state().closed {
                     return;
                 }
+                let accept = accept.clone();
                 std::thread::spawn(move || {
+                    let stream = stream.unwrap();
                     // A client that hangs up has its reasons.
-                    let _ended = world.talk(stream.unwrap());
+                    let _ended = stream
+                        .set_nodelay(true)
+                        .and_then(|()| world.talk(accept(stream)?));
                 });
             }
         });
@@ -144,12 +175,22 @@ impl Api {
             state.created % 60
         );
         let mut node = json!({
-            "metadata": {"name": name, "creationTimestamp": created, "annotations": annotations},
+            "metadata": {
+                "name": name, "uid": format!("00000000-0000-4000-8000-{:012}", state.created), "creationTimestamp": created,
+                "annotations": annotations,
+                "managedFields": [{"manager": "kubelet", "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1",
+                    "fieldsV1": {"f:metadata": {"f:annotations": {".": {}}}}}],
+            },
             "spec": {}, "status": {},
         });
         if let Some(first) = cidrs.first() {
             node["spec"] = json!({"podCIDR": first, "podCIDRs": cidrs});
         }
+        assert!(
+            !state.nodes.contains_key(name),
+            "409: nodes \"{name}\" already exists"
+        );
+        check_node(None, &node).unwrap_or_else(|problem| panic!("422: {name}: {problem}"));
         state.put("ADDED", name, node);
         self.world.news.notify_all();
     }
@@ -159,7 +200,25 @@ impl Api {
         let mut state = self.world.state();
         let mut node = state.nodes[name].clone();
         change(&mut node);
+        check_node(Some(&state.nodes[name]), &node)
+            .unwrap_or_else(|problem| panic!("422: {name}: {problem}"));
         state.put("MODIFIED", name, node);
+        self.world.news.notify_all();
+    }
+
+    /// Changes a node in ways that the API does not allow: by another hand in its data base.
+    pub(crate) fn corrupt(&self, name: &str, change: impl FnOnce(&mut Value)) {
+        let mut state = self.world.state();
+        let mut node = state.nodes[name].clone();
+        change(&mut node);
+        state.put("MODIFIED", name, node);
+        self.world.news.notify_all();
+    }
+
+    /// Tells that a node is gone which nobody knew.
+    pub(crate) fn delete_unknown(&self, name: &str) {
+        let mut state = self.world.state();
+        state.record("DELETED", json!({"metadata": {"name": name}}));
         self.world.news.notify_all();
     }
 
@@ -274,11 +333,11 @@ impl World {
     }
 
     /// One connection, request after request.
-    fn talk(&self, stream: TcpStream) -> std::io::Result<()> {
-        stream.set_nodelay(true)?;
-        let mut output = stream.try_clone()?;
-        let mut input = BufReader::new(stream);
+    fn talk(&self, connection: impl Connection) -> std::io::Result<()> {
+        // Nobody sends a second request before the first is answered.
+        let mut input = BufReader::new(connection);
         while let Some(request) = read_request(&mut input)? {
+            let output = input.get_mut();
             {
                 let mut state = self.state();
                 if !state.habits.down {
@@ -292,13 +351,18 @@ impl World {
                     return Ok(());
                 }
             }
+            let known = output.is_known();
             if let Some(code) = self.refusal(request.verb()) {
-                write_answer(&mut output, code, &status(code, "as the test wants it"))?;
+                write_answer(output, code, &status(code, "as the test wants it"))?;
+            } else if !known && self.is_stranger(&request) {
+                write_answer(output, 401, &status(401, "Unauthorized"))?;
+            } else if let Some(problem) = contradiction(&request) {
+                write_answer(output, 400, &status(400, problem))?;
             } else if request.verb() == "WATCH" {
-                return self.watch(&request, &mut output);
+                return self.watch(&request, output);
             } else {
                 let (code, answer) = self.answer(&request);
-                write_answer(&mut output, code, &answer)?;
+                write_answer(output, code, &answer)?;
             }
         }
         Ok(())
@@ -310,6 +374,12 @@ impl World {
         let (_, code, left) = refusals.find(|(refused, _, left)| *refused == verb && *left > 0)?;
         *left -= 1;
         Some(*code)
+    }
+
+    fn is_stranger(&self, request: &Request) -> bool {
+        let state = self.state();
+        let wanted = state.habits.credentials.as_ref();
+        wanted.is_some_and(|wanted| *wanted != request.credentials)
     }
 
     fn answer(&self, request: &Request) -> (u16, Value) {
@@ -333,7 +403,19 @@ impl World {
                 let Some(mut node) = state.nodes.get(*name).cloned() else {
                     return (404, status(404, "no such node"));
                 };
-                merge(&mut node, &serde_json::from_str(&request.body).unwrap());
+                let Ok(patch) = serde_json::from_str::<Value>(&request.body) else {
+                    return (400, status(400, "not JSON"));
+                };
+                let version = &patch["metadata"]["resourceVersion"];
+                if !version.is_null() && *version != node["metadata"]["resourceVersion"] {
+                    return (409, status(409, "the object has been modified"));
+                }
+                merge(&mut node, &patch);
+                // The status subresource is for the status, and takes annotations besides.
+                node["spec"] = state.nodes[*name]["spec"].clone();
+                if let Err(problem) = check_node(Some(&state.nodes[*name]), &node) {
+                    return (422, status(422, &problem));
+                }
                 // What changes nothing is no event.
                 if state.nodes[*name] != node {
                     state.put("MODIFIED", name, node);
@@ -387,14 +469,15 @@ impl World {
         )
     }
 
-    fn watch(&self, request: &Request, output: &mut TcpStream) -> std::io::Result<()> {
+    fn watch(&self, request: &Request, output: &mut impl Write) -> std::io::Result<()> {
         write!(
             output,
             "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
         )?;
         let mut at: u64 = request.query("resourceVersion").unwrap().parse().unwrap();
         let generation = self.state().generation;
-        let mut bookmarked = Instant::now();
+        let bookmarks = request.query("allowWatchBookmarks") == Some("true");
+        let mut bookmarked = bookmarks.then(Instant::now);
         loop {
             let (events, watching) = self.news_since(&mut at, generation, &mut bookmarked);
             for (kind, object) in events {
@@ -413,7 +496,7 @@ impl World {
         &self,
         at: &mut u64,
         generation: u64,
-        bookmarked: &mut Instant,
+        bookmarked: &mut Option<Instant>,
     ) -> (Vec<(&'static str, Value)>, Watching) {
         let mut state = self.state();
         loop {
@@ -436,13 +519,11 @@ impl World {
                     *at = state.version;
                     return (news, Watching::On);
                 }
-                if state
-                    .habits
-                    .bookmarks
-                    .is_some_and(|every| bookmarked.elapsed() >= every)
+                if let (Some(every), Some(last)) = (state.habits.bookmarks, *bookmarked)
+                    && last.elapsed() >= every
                     && !state.habits.held
                 {
-                    *bookmarked = Instant::now();
+                    *bookmarked = Some(Instant::now());
                     *at = state.version;
                     let metadata = json!({"resourceVersion": state.version.to_string(), "creationTimestamp": null});
                     let object = json!({"kind": "Node", "apiVersion": "v1", "metadata": metadata});
@@ -492,14 +573,118 @@ fn merge(target: &mut Value, patch: &Value) {
     }
 }
 
-fn read_request(input: &mut BufReader<TcpStream>) -> std::io::Result<Option<Request>> {
+/// What a real server says about a query that cannot be meant.
+fn contradiction(request: &Request) -> Option<&'static str> {
+    let has = |key| request.query(key).is_some();
+    if has("continue") && has("resourceVersion") {
+        return Some("specifying resource version is not allowed when using continue");
+    }
+    if has("resourceVersionMatch") && request.verb() == "WATCH" {
+        return Some("resourceVersionMatch is forbidden for watch");
+    }
+    (has("resourceVersionMatch") && !has("resourceVersion"))
+        .then_some("resourceVersionMatch is forbidden unless resourceVersion is provided")
+}
+
+/// What a real server checks of a Node, as far as tests come near it.
+fn check_node(old: Option<&Value>, new: &Value) -> Result<(), String> {
+    let metadata = &new["metadata"];
+    let name = metadata["name"].as_str().unwrap_or_default();
+    if !is_subdomain(name) {
+        return Err(format!(
+            "metadata.name {name:?}: not a lower-case RFC 1123 subdomain"
+        ));
+    }
+    let mut size = 0;
+    for (key, value) in metadata["annotations"].as_object().into_iter().flatten() {
+        let value = value.as_str();
+        let value = value.ok_or_else(|| format!("metadata.annotations: {key:?} is no string"))?;
+        size += key.len() + value.len();
+        let (domain, word) = key
+            .split_once('/')
+            .map_or((None, &**key), |(domain, word)| (Some(domain), word));
+        let is_word = (1..=63).contains(&word.len())
+            && word
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+            && word.starts_with(|first: char| first.is_ascii_alphanumeric())
+            && word.ends_with(|last: char| last.is_ascii_alphanumeric());
+        if !is_word || domain.is_some_and(|domain| !is_subdomain(domain)) {
+            return Err(format!(
+                "metadata.annotations: {key:?} is no qualified name"
+            ));
+        }
+    }
+    if size > 256 << 10 {
+        return Err("metadata.annotations: more than 256 KiB".to_owned());
+    }
+    let cidrs = new["spec"]["podCIDRs"]
+        .as_array()
+        .cloned()
+        .unwrap_or_default();
+    let first = cidrs.first().cloned().unwrap_or_default();
+    if new["spec"].get("podCIDR").cloned().unwrap_or_default() != first {
+        return Err("spec.podCIDR: not the first of spec.podCIDRs".to_owned());
+    }
+    let mut families = Vec::new();
+    for cidr in &cidrs {
+        let (address, length) = cidr
+            .as_str()
+            .and_then(|text| text.split_once('/'))
+            .unwrap_or_default();
+        let address: core::net::IpAddr = address
+            .parse()
+            .map_err(|_bad| format!("spec.podCIDRs: {cidr} is no CIDR"))?;
+        let max = if address.is_ipv4() { 32 } else { 128 };
+        if length.parse::<u8>().map_or(true, |length| length > max) {
+            return Err(format!("spec.podCIDRs: {cidr} is no CIDR"));
+        }
+        if families.contains(&address.is_ipv4()) {
+            return Err(
+                "spec.podCIDRs: may specify no more than one CIDR for each IP family".to_owned(),
+            );
+        }
+        families.push(address.is_ipv4());
+    }
+    let Some(old) = old else { return Ok(()) };
+    for field in ["name", "uid", "creationTimestamp"] {
+        if old["metadata"][field] != metadata[field] {
+            return Err(format!("metadata.{field}: field is immutable"));
+        }
+    }
+    let before = &old["spec"]["podCIDRs"];
+    if before.as_array().is_some_and(|before| !before.is_empty())
+        && *before != new["spec"]["podCIDRs"]
+    {
+        return Err(
+            "spec.podCIDRs: node updates may not change podCIDR except from \"\" to valid"
+                .to_owned(),
+        );
+    }
+    Ok(())
+}
+
+/// Lower-case labels with dots between them.
+fn is_subdomain(text: &str) -> bool {
+    let is_label = |label: &str| {
+        !label.is_empty()
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label
+                .bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+    };
+    text.len() <= 253 && text.split('.').all(is_label)
+}
+
+fn read_request(input: &mut BufReader<impl Connection>) -> std::io::Result<Option<Request>> {
     let mut first = String::new();
     if input.read_line(&mut first)? == 0 {
         return Ok(None);
     }
     let mut words = first.split_whitespace().map(str::to_owned);
     let (method, target) = (words.next().unwrap(), words.next().unwrap());
-    let (mut length, mut content_type) = (0, String::new());
+    let (mut length, mut content_type, mut credentials) = (0, String::new(), String::new());
     loop {
         let mut line = String::new();
         input.read_line(&mut line)?;
@@ -509,6 +694,7 @@ fn read_request(input: &mut BufReader<TcpStream>) -> std::io::Result<Option<Requ
         match name.to_ascii_lowercase().as_str() {
             "content-length" => length = value.trim().parse().unwrap(),
             "content-type" => value.trim().clone_into(&mut content_type),
+            "authorization" => value.trim().clone_into(&mut credentials),
             _ => {}
         }
     }
@@ -519,11 +705,12 @@ fn read_request(input: &mut BufReader<TcpStream>) -> std::io::Result<Option<Requ
         method,
         target,
         content_type,
+        credentials,
         body,
     }))
 }
 
-fn write_answer(output: &mut TcpStream, code: u16, answer: &Value) -> std::io::Result<()> {
+fn write_answer(output: &mut impl Write, code: u16, answer: &Value) -> std::io::Result<()> {
     let text = answer.to_string();
     write!(
         output,

@@ -18,7 +18,9 @@ use ripstop_controlplane::mac::Mac;
 use ripstop_controlplane::netconf::NetConf;
 
 pub(crate) mod api;
+pub(crate) mod etcd;
 pub(crate) mod node;
+pub(crate) mod source;
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 

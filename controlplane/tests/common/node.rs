@@ -87,14 +87,21 @@ impl Node {
             &subnet_file,
             "--net-config-path",
             &conf,
-            "--lease-file",
-            &leases,
             "--run-dir",
             &run_dir,
             "--node-name",
             &node_name,
         ];
-        let arguments = [&command[1..], &own, flags].concat();
+        // Leases come from one place.
+        let elsewhere =
+            |flag: &&str| flag.starts_with("--kube-subnet-mgr") || flag.starts_with("--etcd-");
+        let source = ["--lease-file", &leases];
+        let source = if flags.iter().any(elsewhere) {
+            &[][..]
+        } else {
+            &source
+        };
+        let arguments = [&command[1..], &own, source, flags].concat();
         self.namespace.spawn(command[0], &arguments)
     }
 

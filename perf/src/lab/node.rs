@@ -445,12 +445,16 @@ impl Node {
         self.start_controlplane_with(&[])
     }
 
-    /// Starts the control plane with further arguments.
+    /// Starts the control plane with further arguments. If they say that leases come from Kubernetes or etcd, it is
+    /// not told of the lease file.
     ///
     /// # Errors
     /// As [`Node::start_controlplane`].
     pub fn start_controlplane_with(&self, arguments: &[&str]) -> Result<()> {
-        let mut command = self.controlplane_command(&[])?;
+        let elsewhere = ["--kube-subnet-mgr", "--etcd-"];
+        let elsewhere = |argument: &&str| elsewhere.iter().any(|flag| argument.starts_with(flag));
+        let takes_file = !arguments.iter().any(elsewhere);
+        let mut command = self.controlplane(&[], takes_file)?;
         command.args(arguments);
         self.start(&self.controlplane, &mut command, CONTROLPLANE)
     }
@@ -460,9 +464,15 @@ impl Node {
     /// # Errors
     /// It is not built.
     pub fn controlplane_command(&self, wrapper: &[&str]) -> Result<Command> {
+        self.controlplane(wrapper, true)
+    }
+
+    fn controlplane(&self, wrapper: &[&str], takes_file: bool) -> Result<Command> {
         let mut command = self.wrapped(wrapper, CONTROLPLANE)?;
         command.arg("--net-config-path").arg(self.net_conf_file());
-        command.arg("--lease-file").arg(self.lease_file());
+        if takes_file {
+            command.arg("--lease-file").arg(self.lease_file());
+        }
         let interfaces = self.plan.interfaces();
         command.args(["--node-name", &self.name, "--iface", &interfaces[0]]);
         command.arg("--run-dir").arg(self.run_dir());

@@ -3,17 +3,19 @@
 use core::time::Duration;
 use std::collections::VecDeque;
 use std::io::Read;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
-use futures_util::{AsyncReadExt as _, StreamExt as _};
+use futures_util::{AsyncReadExt as _, FutureExt as _, StreamExt as _};
+use kube::Client;
 use kube::api::WatchEvent;
-use kube::{Client, Config};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::annotations::Prefix;
 use super::node::{Node, Page, RawNode, read_page};
+use super::{KubeError, Server};
+use crate::lease::backoff::{Backoff, random};
 
 /// Nodes asked for at once, as flannel does.
 const PAGE: u32 = 500;
@@ -22,9 +24,6 @@ const ANSWER: Duration = Duration::from_secs(15);
 /// Size and number of the pieces in which a list is handed to its decoder.
 const CHUNK: usize = 64 << 10;
 const CHUNKS: usize = 2;
-/// The first and the longest wait between tries.
-const RETRY_FIRST: Duration = Duration::from_millis(200);
-const RETRY_MAX: Duration = Duration::from_secs(5);
 /// A watch that was good for this long, or told something, is no failure when it ends.
 const GOOD: Duration = Duration::from_secs(2);
 
@@ -61,6 +60,27 @@ fn hint(code: u16) -> &'static str {
     }
 }
 
+/// What to do about a connection that did not come about, as rustls tells it.
+fn remedy(problem: &str) -> &'static str {
+    let has = |word: &str| problem.contains(word);
+    if has("UnknownIssuer") || has("BadSignature") {
+        ": the server's certificate is not signed by the certificate authority given (certificate-authority in the kubeconfig, or the service account's ca.crt)"
+    } else if has("NotValidForName") {
+        ": the server's certificate is for another name or address: correct the URL, or set tls-server-name in the kubeconfig"
+    } else if has("certificate: Expired") || has("NotValidYet") {
+        ": renew the server's certificate, or set the clock"
+    } else if has("received fatal alert") {
+        ": the server does not take our certificate (client-certificate in the kubeconfig), or does not know it"
+    } else {
+        ""
+    }
+}
+
+async fn connect(server: &Server) -> Result<Client, KubeError> {
+    let config = server.load().await?;
+    Client::try_from(config).map_err(|error| KubeError::Client(Box::new(error)))
+}
+
 impl ApiError {
     fn new(what: &'static str, error: kube::Error) -> Self {
         if let kube::Error::Api(status) = error {
@@ -71,8 +91,38 @@ impl ApiError {
                 message,
             }
         } else {
-            let problem = crate::explained(&error.into());
+            let mut problem = crate::explained(&error.into());
+            problem.push_str(remedy(&problem));
             Self::Failed { what, problem }
+        }
+    }
+
+    /// Fresh credentials or certificates may be the cure.
+    fn is_about_trust(&self) -> bool {
+        match self {
+            Self::Refused { code, .. } => *code == 401,
+            Self::Failed { problem, .. } => {
+                problem.contains("certificate") || problem.contains("fatal alert")
+            }
+        }
+    }
+
+    /// Adds what else is wrong.
+    fn with(self, more: &KubeError) -> Self {
+        match self {
+            Self::Refused {
+                what,
+                code,
+                message,
+            } => Self::Refused {
+                what,
+                code,
+                message: format!("{message}; {more}"),
+            },
+            Self::Failed { what, problem } => Self::Failed {
+                what,
+                problem: format!("{problem}; {more}"),
+            },
         }
     }
 
@@ -84,39 +134,6 @@ impl ApiError {
     /// What was asked for is too long ago for the server to know.
     fn is_gone(&self) -> bool {
         matches!(self, Self::Refused { code: 410, .. })
-    }
-}
-
-/// Any number; good for spreading load and for addresses, not for secrets.
-pub(super) fn random() -> u64 {
-    use core::hash::{BuildHasher as _, Hasher as _};
-    std::hash::RandomState::new().build_hasher().finish()
-}
-
-/// Growing waits, spread so that a thousand nodes do not knock together.
-#[derive(Debug, Default)]
-pub(super) struct Backoff {
-    failures: u32,
-}
-
-impl Backoff {
-    pub(super) fn failures(&self) -> u32 {
-        self.failures
-    }
-
-    pub(super) fn reset(&mut self) {
-        self.failures = 0;
-    }
-
-    /// The wait after one more failure.
-    pub(super) fn next(&mut self) -> Duration {
-        let full = RETRY_FIRST
-            .saturating_mul(1 << self.failures.min(8))
-            .min(RETRY_MAX);
-        self.failures += 1;
-        let half = full / 2;
-        let spread = u64::try_from(half.as_micros()).unwrap_or(u64::MAX).max(1);
-        half + Duration::from_micros(random() % spread)
     }
 }
 
@@ -133,6 +150,8 @@ pub(super) enum News {
     Trouble(String),
     /// It can.
     Fine,
+    /// Our addresses may be others.
+    Kernel,
     /// What came of a patch.
     Patched(Result<(), ApiError>),
 }
@@ -160,7 +179,9 @@ enum End {
 /// The API as seen by one node.
 #[derive(Clone)]
 pub(super) struct Api {
-    client: Client,
+    server: Server,
+    /// Made anew when the server does not take our credentials, or we not its certificate.
+    client: Arc<RwLock<Client>>,
     prefix: Arc<Prefix>,
     own: Arc<str>,
     /// A watch that says nothing for so long is given up, and all nodes are listed.
@@ -168,18 +189,51 @@ pub(super) struct Api {
 }
 
 impl Api {
-    pub(super) fn new(
-        config: Config,
+    pub(super) async fn new(
+        server: Server,
         prefix: Arc<Prefix>,
         own: Arc<str>,
         silent: Duration,
-    ) -> Result<Self, kube::Error> {
+    ) -> Result<Self, KubeError> {
+        let client = connect(&server).await?;
         Ok(Self {
-            client: Client::try_from(config)?,
+            server,
+            client: Arc::new(RwLock::new(client)),
             prefix,
             own,
             silent,
         })
+    }
+
+    fn client(&self) -> Client {
+        let client = self.client.read();
+        client.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads certificates, keys and tokens anew, if that may help: they are replaced before they expire.
+    pub(super) async fn mend(&self, error: ApiError) -> ApiError {
+        if !error.is_about_trust() {
+            return error;
+        }
+        match connect(&self.server).await {
+            Ok(client) => {
+                self.replace(client);
+                error
+            }
+            Err(cannot) => error.with(&cannot),
+        }
+    }
+
+    /// Makes a client that has no connections yet; false if that takes more than reading files.
+    pub(super) fn connect_anew(&self) -> bool {
+        let client = connect(&self.server).now_or_never().and_then(Result::ok);
+        let made = client.is_some();
+        client.into_iter().for_each(|client| self.replace(client));
+        made
+    }
+
+    fn replace(&self, client: Client) {
+        *self.client.write().unwrap_or_else(PoisonError::into_inner) = client;
     }
 
     /// Follows all nodes until nobody listens.
@@ -200,7 +254,7 @@ impl Api {
                     if matches!(error, ApiError::Refused { .. }) && age != Age::Any {
                         age = Age::Latest;
                     }
-                    self.pause(&mut backoff, &error, &out).await;
+                    self.pause(&mut backoff, error, &out).await;
                     continue;
                 }
             };
@@ -222,7 +276,7 @@ impl Api {
                         break;
                     }
                     Err(error) => {
-                        self.pause(&mut backoff, &error, &out).await;
+                        self.pause(&mut backoff, error, &out).await;
                         if self.is_ahead(&version).await {
                             next = |_| Age::Latest;
                             break;
@@ -243,7 +297,8 @@ impl Api {
     }
 
     /// Waits after a failure; from the second in a row on it is worth a word.
-    async fn pause(&self, backoff: &mut Backoff, error: &ApiError, out: &mpsc::Sender<News>) {
+    async fn pause(&self, backoff: &mut Backoff, error: ApiError, out: &mpsc::Sender<News>) {
+        let error = self.mend(error).await;
         if backoff.failures() > 0 {
             let _closed = out.send(News::Trouble(error.to_string())).await;
         }
@@ -281,7 +336,8 @@ impl Api {
         const WHAT: &str = "list nodes";
         let stream = timeout(
             ANSWER,
-            self.client.request_stream(request("GET", uri, Vec::new())?),
+            self.client()
+                .request_stream(request("GET", uri, Vec::new())?),
         )
         .await;
         let stream = stream.map_err(|_late| ApiError::silent(WHAT))?;
@@ -336,7 +392,7 @@ impl Api {
         );
         let events = timeout(
             ANSWER,
-            self.client
+            self.client()
                 .request_events::<RawNode>(request("GET", &uri, Vec::new())?),
         )
         .await;
@@ -382,7 +438,7 @@ impl Api {
         let uri = format!("/api/v1/nodes/{}/status", self.own);
         let answer = timeout(
             ANSWER,
-            self.client.request_text(request("PATCH", &uri, body)?),
+            self.client().request_text(request("PATCH", &uri, body)?),
         )
         .await;
         let answer = answer.map_err(|_late| ApiError::silent(WHAT))?;
@@ -409,7 +465,7 @@ impl Api {
         );
         let answer = timeout(
             ANSWER,
-            self.client
+            self.client()
                 .request::<Pod>(request("GET", &uri, Vec::new())?),
         )
         .await;

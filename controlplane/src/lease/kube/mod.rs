@@ -8,7 +8,7 @@
 //!
 //! One thread with a small runtime of its own. `api` follows the nodes and never gives up; the keeper compares what
 //! our own node's annotations and condition say with what they should, and writes the difference, whoever made it. Our
-//! public IPs are those of the interface, so they too are looked at again all the time.
+//! public IPs are those of the interface, so it listens to the kernel too.
 //!
 //! While the API server is away, and while our own node cannot be used, the last set stays in force.
 
@@ -22,7 +22,8 @@ use core::net::IpAddr;
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -33,19 +34,24 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use self::annotations::{Key, Prefix};
-use self::api::{Api, ApiError, Backoff, News};
+use self::api::{Api, ApiError, News};
 use self::node::{NETWORK_UNAVAILABLE, Node};
 use self::view::{Own, View};
-use super::{Lease, LeaseEvent, LeaseSet, LeaseSink, LeaseSource};
+use super::backoff::{Backoff, random_mac};
+use super::kernel::Kernel;
+use super::{Lease, LeaseEvent, LeaseSet, LeaseSink, LeaseSource, name_skipped};
 use crate::family::{Family, PerFamily};
-use crate::interface::{self, InterfaceError, Selection};
+use crate::interface::Selection;
 use crate::mac::Mac;
 use crate::netconf::NetConf;
-use crate::netlink::{Netlink, NetlinkError};
-use crate::standby::device_name;
+use crate::netlink::NetlinkError;
+use crate::netlink::monitor::UnderlayMonitor;
+use crate::sys::wait_readable;
 
-/// How often the kernel is asked for our addresses.
+/// How often it is looked at whether something is to be written.
 const LOOK: Duration = Duration::from_secs(1);
+/// The kernel is asked for our addresses this often, in case an announcement was lost.
+pub const RECHECK: Duration = Duration::from_secs(5);
 /// Changes come in bursts; a burst is answered once.
 const COALESCE: Duration = Duration::from_millis(10);
 /// News that may wait while one is worked on.
@@ -54,8 +60,6 @@ const BACKLOG: usize = 256;
 const ECHO: Duration = Duration::from_secs(2);
 /// A server that cannot be reached in this time is tried again rather than waited for.
 const CONNECT: Duration = Duration::from_secs(5);
-/// Nodes that are named in one go; a whole cluster of another backend is not worth a line each.
-const NAMED_MAX: usize = 20;
 /// A watch that is silent for so long is given up for a new list: servers send bookmarks about once a minute.
 pub const SILENT: Duration = Duration::from_secs(150);
 
@@ -91,40 +95,63 @@ pub enum KubeError {
 
 /// Where the API server is: `--kubeconfig-file`, with `--kube-api-url` in place of its server, or the pod's own account
 /// if neither is given.
-pub fn config(url: Option<&str>, kubeconfig: Option<&Path>) -> Result<Config, KubeError> {
-    let url = url.map(|text| {
-        let whole = match text.contains("://") {
-            true => text.to_owned(),
-            false => format!("http://{text}"),
-        };
-        whole
-            .parse::<http::Uri>()
-            .map_err(|_error| KubeError::Url(text.to_owned()))
-    });
-    let url = url.transpose()?;
-    let mut config = match (kubeconfig, url) {
-        (Some(path), url) => {
-            let wrong = |source| KubeError::Kubeconfig {
-                path: path.display().to_string(),
-                source: Box::new(source),
+#[derive(Debug, Clone)]
+pub struct Server {
+    url: Option<http::Uri>,
+    kubeconfig: Option<PathBuf>,
+}
+
+impl Server {
+    /// Takes what the flags say.
+    pub fn new(url: Option<&str>, kubeconfig: Option<&Path>) -> Result<Self, KubeError> {
+        let url = url.map(|text| {
+            let whole = match text.contains("://") {
+                true => text.to_owned(),
+                false => format!("http://{text}"),
             };
-            let file = Kubeconfig::read_from(path).map_err(wrong)?;
-            let options = KubeConfigOptions::default();
-            let mut config = runtime()?
-                .block_on(Config::from_custom_kubeconfig(file, &options))
-                .map_err(wrong)?;
-            config.cluster_url = url.unwrap_or(config.cluster_url);
-            config
-        }
-        (None, Some(url)) => Config::new(url),
-        (None, None) => {
-            Config::incluster().map_err(|error| KubeError::InCluster(Box::new(error)))?
-        }
-    };
-    config.connect_timeout = Some(CONNECT);
-    // It waits longer than we do, and says nothing about it.
-    config.default_retry = false;
-    Ok(config)
+            whole
+                .parse()
+                .map_err(|_error| KubeError::Url(text.to_owned()))
+        });
+        Ok(Self {
+            url: url.transpose()?,
+            kubeconfig: kubeconfig.map(Path::to_owned),
+        })
+    }
+
+    /// Reads the files. They may change while we run: certificates and tokens are replaced before they expire.
+    pub async fn load(&self) -> Result<Config, KubeError> {
+        let mut config = match (&self.kubeconfig, &self.url) {
+            (Some(path), url) => {
+                let wrong = |source| KubeError::Kubeconfig {
+                    path: path.display().to_string(),
+                    source: Box::new(source),
+                };
+                let file = Kubeconfig::read_from(path).map_err(wrong)?;
+                let options = KubeConfigOptions::default();
+                let mut config = Config::from_custom_kubeconfig(file, &options)
+                    .await
+                    .map_err(wrong)?;
+                if let Some(url) = url {
+                    config.cluster_url = url.clone();
+                }
+                config
+            }
+            (None, Some(url)) => Config::new(url.clone()),
+            (None, None) => {
+                Config::incluster().map_err(|error| KubeError::InCluster(Box::new(error)))?
+            }
+        };
+        config.connect_timeout = Some(CONNECT);
+        // It waits longer than we do, and says nothing about it.
+        config.default_retry = false;
+        Ok(config)
+    }
+
+    /// [`Self::load`] for threads without a runtime.
+    pub fn load_blocking(&self) -> Result<Config, KubeError> {
+        runtime()?.block_on(self.load())
+    }
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
@@ -135,7 +162,7 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 
 /// The node that this pod is on. Tries for `patience`, as the API server may be on its way up.
 pub fn node_of_pod(
-    config: Config,
+    server: &Server,
     namespace: &str,
     pod: &str,
     patience: Duration,
@@ -146,8 +173,7 @@ pub fn node_of_pod(
             Prefix::new(annotations::DEFAULT_PREFIX)
                 .map_err(|error| KubeError::Pod(error.to_string()))?,
         );
-        let api = Api::new(config, prefix, "".into(), SILENT)
-            .map_err(|error| KubeError::Client(Box::new(error)))?;
+        let api = Api::new(server.clone(), prefix, "".into(), SILENT).await?;
         let mut backoff = Backoff::default();
         loop {
             let problem = match api.node_of_pod(namespace, pod).await {
@@ -155,7 +181,7 @@ pub fn node_of_pod(
                 Ok(_) => {
                     format!("pod {namespace}/{pod} has no spec.nodeName: it is not scheduled yet")
                 }
-                Err(error) => error.to_string(),
+                Err(error) => api.mend(error).await.to_string(),
             };
             if start.elapsed() >= patience {
                 return Err(KubeError::Pod(problem));
@@ -182,19 +208,28 @@ pub struct Settings {
     pub ready: Arc<AtomicBool>,
     /// [`SILENT`], but for tests.
     pub silent: Duration,
+    /// [`RECHECK`], but for tests.
+    pub recheck: Duration,
 }
 
 /// Follows the nodes of a cluster.
 #[derive(Debug)]
 pub struct KubeSource {
-    config: Config,
+    server: Server,
+    /// Where it was when we were started.
+    url: http::Uri,
     settings: Settings,
 }
 
 impl KubeSource {
-    /// A source that asks the API server of `config`, in the network namespace of the thread that it runs on.
-    pub fn new(config: Config, settings: Settings) -> Self {
-        Self { config, settings }
+    /// A source that asks the API server `server`, in the network namespace of the thread that it runs on.
+    pub fn new(server: Server, settings: Settings) -> Result<Self, KubeError> {
+        let url = server.load_blocking()?.cluster_url;
+        Ok(Self {
+            server,
+            url,
+            settings,
+        })
     }
 
     async fn follow(self, sink: &LeaseSink) -> Result<(), KubeError> {
@@ -203,10 +238,13 @@ impl KubeSource {
             Arc::new(settings.prefix.clone()),
             settings.node.as_str().into(),
         );
-        let api = Api::new(self.config.clone(), prefix, own, settings.silent)
-            .map_err(|error| KubeError::Client(Box::new(error)))?;
+        let api = Api::new(self.server, prefix, own, settings.silent).await?;
         let (out, mut news) = mpsc::channel(BACKLOG);
-        let mut keeper = Keeper::new(self.config, settings, api, out);
+        let told = out.clone();
+        std::thread::Builder::new()
+            .name("addresses".to_owned())
+            .spawn(move || watch_kernel(&told))?;
+        let mut keeper = Keeper::new(settings, api, out);
         let mut listening = true;
         while listening {
             let mut seen = Instant::now();
@@ -226,7 +264,7 @@ impl KubeSource {
 
 impl LeaseSource for KubeSource {
     fn describe(&self) -> String {
-        format!("kube {}", self.config.cluster_url)
+        format!("kube {}", self.url)
     }
 
     fn run(self: Box<Self>, sink: &LeaseSink) {
@@ -240,6 +278,26 @@ impl LeaseSource for KubeSource {
     }
 }
 
+/// Tells when our addresses may be others, on a thread of its own, until nobody listens. The periodic look is what there
+/// is where this fails.
+fn watch_kernel(out: &mpsc::Sender<News>) {
+    while let Ok(mut monitor) = UnderlayMonitor::open() {
+        let mut drained = Ok(false);
+        while drained.is_ok() && !out.is_closed() {
+            wait_readable([monitor.as_fd()], LOOK);
+            drained = monitor.drain();
+            // After an error as well: what it said is lost.
+            if !matches!(drained, Ok(false)) && out.blocking_send(News::Kernel).is_err() {
+                return;
+            }
+        }
+        if out.is_closed() {
+            return;
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
 /// A write to our own node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Write {
@@ -247,16 +305,25 @@ enum Write {
     Condition,
 }
 
+/// What the kernel said about our addresses.
+struct Seen {
+    /// What was asked for by the flags or the Node.
+    public_ips: PerFamily<Option<IpAddr>>,
+    addresses: PerFamily<Option<IpAddr>>,
+    at: Instant,
+}
+
 /// What is known, what was told, and what is being written.
 struct Keeper {
-    config: Config,
     settings: Settings,
     api: Api,
     follower: tokio::task::JoinHandle<()>,
     /// Our public IPs since the client was made.
     connected_from: PerFamily<Option<IpAddr>>,
     out: mpsc::Sender<News>,
-    netlink: Option<Netlink>,
+    kernel: Kernel,
+    /// Our addresses as last seen.
+    seen: Option<Seen>,
     /// All nodes; none before the first list.
     nodes: Option<BTreeMap<Arc<str>, Node>>,
     /// Something of it changed since the last look.
@@ -278,15 +345,15 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn new(config: Config, settings: Settings, api: Api, out: mpsc::Sender<News>) -> Self {
+    fn new(settings: Settings, api: Api, out: mpsc::Sender<News>) -> Self {
         Self {
-            config,
             settings,
             follower: tokio::spawn(api.clone().follow(out.clone())),
             connected_from: PerFamily::default(),
             api,
             out,
-            netlink: None,
+            kernel: Kernel::default(),
+            seen: None,
             nodes: None,
             changed: false,
             macs: PerFamily::default(),
@@ -332,6 +399,7 @@ impl Keeper {
                 self.api_problem.get_or_insert(problem);
             }
             News::Fine => self.api_problem = None,
+            News::Kernel => self.seen = None,
             News::Patched(result) => self.patched(result),
         }
     }
@@ -372,16 +440,13 @@ impl Keeper {
         if before == from || before == PerFamily::default() {
             return;
         }
-        let prefix = Arc::new(self.settings.prefix.clone());
-        let (own, silent) = (self.settings.node.as_str().into(), self.settings.silent);
         // What made a client at the start makes one again; if not, the old one loses its patience.
-        let Ok(api) = Api::new(self.config.clone(), prefix, own, silent) else {
+        if !self.api.connect_anew() {
             return;
-        };
+        }
         tracing::info!("own address changed: connecting to the API server anew");
         self.follower.abort();
-        self.follower = tokio::spawn(api.clone().follow(self.out.clone()));
-        self.api = api;
+        self.follower = tokio::spawn(self.api.clone().follow(self.out.clone()));
         self.writing = None;
     }
 
@@ -399,8 +464,29 @@ impl Keeper {
         let subnets = view::own_subnets(&node, &self.settings.conf)?;
         let selection = self.selection(&node);
         let kernel = |error: &dyn core::fmt::Display| format!("our own public IP: {error}");
-        let addresses = self.addresses(&selection).map_err(|error| kernel(&error))?;
-        let addresses = addresses.map_err(|error| kernel(&error))?;
+        let recheck = self.settings.recheck;
+        let seen = self
+            .seen
+            .as_ref()
+            .filter(|seen| seen.public_ips == selection.public_ips && seen.at.elapsed() < recheck);
+        let addresses = match seen {
+            Some(seen) => seen.addresses,
+            None => {
+                let at = Instant::now();
+                self.seen = None;
+                let addresses = self
+                    .kernel
+                    .addresses(&selection)
+                    .map_err(|error| kernel(&error))?;
+                let addresses = addresses.map_err(|error| kernel(&error))?;
+                self.seen = Some(Seen {
+                    public_ips: selection.public_ips,
+                    addresses,
+                    at,
+                });
+                addresses
+            }
+        };
         let mut own = PerFamily::default();
         for (family, subnet) in subnets.iter() {
             if let (&Some(subnet), Some(public_ip)) = (subnet, *addresses.get(family)) {
@@ -432,36 +518,12 @@ impl Keeper {
         selection
     }
 
-    fn netlink(&mut self) -> Result<&mut Netlink, NetlinkError> {
-        match &mut self.netlink {
-            Some(netlink) => Ok(netlink),
-            none => Ok(none.insert(Netlink::open()?)),
-        }
-    }
-
-    /// The addresses of the interface that the loop will choose too.
-    fn addresses(
-        &mut self,
-        selection: &Selection,
-    ) -> Result<Result<PerFamily<Option<IpAddr>>, InterfaceError>, NetlinkError> {
-        let netlink = self.netlink()?;
-        let (links, addresses) = (netlink.links()?, netlink.addresses()?);
-        let chosen = interface::look(netlink, selection, &links, &addresses)?;
-        Ok(chosen.map(|underlay| underlay.addresses))
-    }
-
     /// Our VTEP MAC address, which peers know us by: the device's, else the one we had, else a new one. Chosen once.
     fn mac(&mut self, node: &Node, family: Family) -> Result<Mac, NetlinkError> {
         if let Some(mac) = *self.macs.get(family) {
             return Ok(mac);
         }
-        let name = device_name(self.settings.conf.backend, family);
-        let links = self.netlink()?.links()?;
-        let device = links.iter().find(|link| Some(&link.name) == name.as_ref());
-        let device = device.and_then(|link| {
-            link.mac
-                .filter(|mac| super::vtep_mac_problem(*mac).is_none())
-        });
+        let device = self.kernel.device_mac(self.settings.conf.backend, family)?;
         let stored = node
             .text(Key::backend_data(family))
             .and_then(|text| annotations::vtep_mac(text).ok());
@@ -505,7 +567,7 @@ impl Keeper {
             view = look(&own);
             self.own.clone_from(&own.leases);
         }
-        name_skipped(&mut self.named, &mut view.skipped);
+        name_skipped("node", &mut self.named, &mut view.skipped);
         if let Some(problem) = view.own_subnet_taken {
             self.own_problem = Some(problem);
             return true;
@@ -558,8 +620,12 @@ impl Keeper {
         self.writing = Some(write);
         let (api, out) = (self.api.clone(), self.out.clone());
         tokio::spawn(async move {
+            let patched = match api.patch(body).await {
+                Ok(()) => Ok(()),
+                Err(error) => Err(api.mend(error).await),
+            };
             // Nobody listens any more, so nobody wants to know.
-            let _closed = out.send(News::Patched(api.patch(body).await)).await;
+            let _closed = out.send(News::Patched(patched)).await;
         });
     }
 
@@ -616,34 +682,6 @@ impl Keeper {
             .map(|(key, value)| (prefix.name(key), value))
             .collect()
     }
-}
-
-/// Names the nodes that have come to be skipped, or for another reason, once.
-fn name_skipped(named: &mut BTreeMap<Arc<str>, String>, skipped: &mut BTreeMap<Arc<str>, String>) {
-    let news = skipped
-        .iter()
-        .filter(|(node, reason)| named.get(*node) != Some(reason));
-    let count = news.clone().count();
-    for (node, reason) in news.take(NAMED_MAX) {
-        tracing::warn!("node {node:?} {reason}");
-    }
-    if count > NAMED_MAX {
-        tracing::warn!("and {} more nodes are skipped", count - NAMED_MAX);
-    }
-    for node in named
-        .keys()
-        .filter(|node| !skipped.contains_key(*node))
-        .take(NAMED_MAX)
-    {
-        tracing::info!("nothing stands against node {node:?}");
-    }
-    core::mem::swap(named, skipped);
-}
-
-/// A locally administered unicast address.
-fn random_mac() -> Mac {
-    let [a, b, c, d, e, f, ..] = api::random().to_ne_bytes();
-    Mac([a & 0xfe | 2, b, c, d, e, f])
 }
 
 /// Whether the condition says that the network is there.

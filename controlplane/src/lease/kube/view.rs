@@ -4,18 +4,16 @@
 //! has nothing of IPv6 yet is reached by IPv4, where flannel would drop it whole. Of two nodes that claim one subnet or one
 //! VTEP MAC address, the older keeps it, so that all nodes decide alike and a newcomer cannot take what is in use.
 
-use core::net::IpAddr;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use hashbrown::HashMap;
 use ipnet::IpNet;
 
 use super::annotations::{self, Key, Prefix};
 use super::node::Node;
 use crate::family::{Family, PerFamily};
+use crate::lease::claims::{Conflict, Taken};
 use crate::lease::{Lease, LeaseSet};
-use crate::mac::Mac;
 use crate::netconf::NetConf;
 
 /// What our own node's object says its subnets are; flannel's words where it has some.
@@ -187,42 +185,6 @@ impl View {
     }
 }
 
-enum Conflict {
-    Mac(Arc<str>),
-    Subnet(Arc<str>, IpNet),
-}
-
-/// What nodes have so far. Subnets are disjoint, so only the neighbours of a place in their order can overlap it.
-#[derive(Default)]
-struct Taken {
-    subnets: BTreeMap<IpAddr, (IpNet, Arc<str>)>,
-    macs: HashMap<(Family, Mac), Arc<str>>,
-}
-
-impl Taken {
-    fn conflict(&self, lease: &Lease) -> Option<Conflict> {
-        let (first, last) = (lease.subnet.network(), lease.subnet.broadcast());
-        let before = self.subnets.range(..=last).next_back();
-        if let Some((_, (net, node))) = before
-            && net.broadcast() >= first
-            && Family::of_net(*net) == lease.family()
-        {
-            return Some(Conflict::Subnet(Arc::clone(node), *net));
-        }
-        let node = self.macs.get(&(lease.family(), lease.vtep_mac?))?;
-        Some(Conflict::Mac(Arc::clone(node)))
-    }
-
-    fn insert(&mut self, lease: &Lease) {
-        let node = || Arc::clone(&lease.node);
-        self.subnets
-            .insert(lease.subnet.network(), (lease.subnet, node()));
-        if let Some(mac) = lease.vtep_mac {
-            self.macs.insert((lease.family(), mac), node());
-        }
-    }
-}
-
 /// A member's leases, and what stands against those that are missing.
 fn peer_leases(node: &Node, prefix: &Prefix, conf: &NetConf) -> (Vec<Lease>, Option<String>) {
     let (theirs, ours) = (
@@ -237,6 +199,13 @@ fn peer_leases(node: &Node, prefix: &Prefix, conf: &NetConf) -> (Vec<Lease>, Opt
                 "has {name} {theirs:?} and this node {ours:?}: ignored"
             )),
         );
+    }
+    if node.pod_cidrs.len() > 2 {
+        let problem = format!(
+            "pod cidrs should be IPv4/IPv6 only or dualstack: spec.podCIDRs is {:?}",
+            node.pod_cidrs
+        );
+        return (Vec::new(), Some(problem));
     }
     let (mut leases, mut problems) = (Vec::new(), Vec::new());
     for family in conf.families() {
