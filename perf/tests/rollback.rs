@@ -29,8 +29,8 @@ use std::thread::sleep;
 use anyhow::{Context as _, Result, bail, ensure};
 use api::Api;
 use ripstop_perf::{
-    DETOUR_TABLE, Families, Family, Host, Lab, Mark, Node, TrafficGroup, UdpFlow, address,
-    wait_until,
+    DETOUR_TABLE, Families, Family, Host, Injector, Inner, Lab, Mark, Node, TrafficGroup, UdpFlow,
+    address, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -334,6 +334,24 @@ fn ours(node: &Node) -> Result<Vec<String>> {
     Ok(left)
 }
 
+/// Whether a tunnel packet of a node that has only just joined reaches a pod of this one.
+fn gets_in(lab: &Lab, node: &Node) -> Result<bool> {
+    let mut frame = lab.tunnel_frame(2, node.index());
+    frame.ethernet.source = address::ATTACKER_MAC;
+    frame.ip.source = address::ATTACKER;
+    if let Inner::Udp { ip, .. } = &mut frame.inner {
+        ip.source = address::pod(66, 0);
+    }
+    // Nobody listens at its port in the pod, whose kernel counts that.
+    let arrived = || -> Result<i64> { Ok(node.pod(0).kernel_counters()?.value("Udp.NoPorts")) };
+    let before = arrived()?;
+    Injector::open(lab.attacker(), "eth0")?.send(&frame.encode())?;
+    let waited = wait_until("it arrives", Duration::from_secs(1), || {
+        arrived().is_ok_and(|now| now > before)
+    });
+    Ok(waited.is_ok())
+}
+
 fn lost_between(traffic: &TrafficGroup, start: &[Mark], end: &[Mark]) -> u64 {
     traffic.lost_before(end, QUIET) - traffic.lost_before(start, QUIET)
 }
@@ -486,6 +504,11 @@ fn there_and_back(families: Families) -> Result<()> {
                 as_flannel,
                 "flannel has it all back"
             );
+            // The peer filter is still there, and knows nobody who comes now.
+            assert!(
+                !gets_in(lab, node)?,
+                "a peer that joins before the clean-up"
+            );
             let lost = step(&traffic, "ripstop cleanup", || {
                 node.ripstop_text(&["cleanup"]).map(drop)
             })?;
@@ -496,6 +519,7 @@ fn there_and_back(families: Families) -> Result<()> {
                 "the clean-up leaves flannel's"
             );
             assert_eq!(ours(node)?, Vec::<String>::new(), "and nothing of ours");
+            assert!(gets_in(lab, node)?, "a peer that joins after the clean-up");
         }
         assert_eq!(
             api.node(node.name())["metadata"]["annotations"],
