@@ -333,9 +333,9 @@ fn chart(values: &Value) -> Result<Vec<Value>, String> {
         .arg(configs().join("kubernetes/chart"))
         .env("HOME", directory.path())
         .output()
-        .unwrap_or_else(|error| {
-            panic!("{error}: there is no helm; `make tools` gets it, or RIPSTOP_HELM names it")
-        });
+        .map_err(|error| {
+            format!("{error}: there is no helm; `make tools` gets it, or RIPSTOP_HELM names it")
+        })?;
     match output.status.success() {
         true => objects(&String::from_utf8(output.stdout).unwrap()),
         false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
