@@ -1,7 +1,8 @@
 //! The manifest and the chart are what Kubernetes and our programs understand, to the last key.
 //!
 //! Every object becomes its type of k8s-openapi and JSON again: what is not there any more is a key that Kubernetes does not
-//! know. The files in the ConfigMaps are read by the code that reads them on a node, and the programs take their flags.
+//! know. The files in the ConfigMaps are read by the code that reads them on a node, and the programs take their flags (as
+//! root: in a network namespace).
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the message")]
 
 use std::collections::BTreeSet;
@@ -202,7 +203,9 @@ fn plugins_configuration(text: &str) {
 fn takes_its_flags(container: &Container) {
     assert_eq!(container.command.as_deref().unwrap(), ["/opt/bin/flanneld"]);
     let args = container.args.as_deref().unwrap_or_default();
-    let output = Command::new(env!("CARGO_BIN_EXE_ripstop-controlplane"))
+    // In a network of its own, where nobody else has the port.
+    let output = Command::new("/usr/bin/unshare")
+        .args(["--net", env!("CARGO_BIN_EXE_ripstop-controlplane")])
         .args(args)
         .arg("--net-config-path=/nonexistent/net-conf.json")
         .env_clear()
