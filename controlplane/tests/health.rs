@@ -656,4 +656,12 @@ fn a_server_that_is_away_is_no_reason_to_be_dead() {
     api.habits(|habits| habits.frozen = false);
     wait_answer(&node, "/readyz", READY);
     stop(process);
+    // Nor is an etcd, which even the configuration has to come from.
+    let process = node.start_through(
+        &[CONTROLPLANE],
+        &[PORT, "--etcd-endpoints=http://127.0.0.1:1"],
+    );
+    wait_answer(&node, "/healthz", RUNNING);
+    wait_answer(&node, "/readyz", NOT_READY);
+    stop(process);
 }
