@@ -139,7 +139,7 @@ const LEASE_FILE: &str = "/etc/ripstop/leases.json";
 
 /// Where the leases are.
 enum Source {
-    Kube(Kube),
+    Kube(Box<Kube>),
     File(PathBuf),
     Etcd(etcd::Access),
 }
@@ -165,7 +165,7 @@ impl Flags {
 
     fn source(&self) -> anyhow::Result<Source> {
         if self.kube_subnet_mgr {
-            return Ok(Source::Kube(Kube::new(self)?));
+            return Ok(Source::Kube(Box::new(Kube::new(self)?)));
         }
         let usual = || PathBuf::from(LEASE_FILE);
         match (self.given_lease_file(), self.etcd.given()) {

@@ -412,7 +412,7 @@ impl Pool {
                     "{prefix}{what} is not in the range of the {prefix}Network"
                 )));
             }
-            if number(given) % size != 0 {
+            if !number(given).is_multiple_of(size) {
                 return Err(problem(format!(
                     "{prefix}{what} is not on a SubnetLen boundary: {given}"
                 )));

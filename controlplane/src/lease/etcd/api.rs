@@ -161,7 +161,7 @@ fn described(error: Error) -> String {
         Error::TransportError(error) => crate::explained(&error.into()),
         Error::GRpcStatus(status) => {
             let mut text = status.message().to_owned();
-            let mut source = std::error::Error::source(&status);
+            let mut source = core::error::Error::source(&status);
             while let Some(error) = source {
                 let cause = error.to_string();
                 if !text.contains(&cause) {
@@ -224,7 +224,7 @@ impl Raw {
 #[derive(Debug)]
 pub(super) enum News {
     /// This connection stands.
-    Connected(Connection),
+    Connected(Box<Connection>),
     /// These are all leases, at a revision.
     Listed(i64, Vec<Raw>),
     /// A lease is there, or is different.
@@ -464,7 +464,7 @@ impl Follower {
             // Whether anybody listens is asked by the caller.
             let _closed = out.send(news).await;
         };
-        tell(News::Connected(connection.clone())).await;
+        tell(News::Connected(Box::new(connection.clone()))).await;
         let mut at = match *position {
             Some(at) => at,
             None => {

@@ -73,11 +73,16 @@ impl EtcdFlags {
     pub fn access(&self) -> (Access, Vec<String>) {
         let text = |flag: &Option<String>| flag.clone().filter(|text| !text.is_empty());
         let endpoints = text(&self.etcd_endpoints).unwrap_or_else(|| DEFAULT_ENDPOINTS.to_owned());
-        let endpoints: Vec<String> = endpoints
+        let mut parts: Vec<String> = endpoints
             .split(',')
             .map(|endpoint| endpoint.trim().to_owned())
             .filter(|endpoint| !endpoint.is_empty())
             .collect();
+        if parts.is_empty() {
+            // Commas alone: whoever connects there says so.
+            parts.push(endpoints);
+        }
+        let endpoints = parts;
         let (key, certificate) = (text(&self.etcd_keyfile), text(&self.etcd_certfile));
         let mut odd = Vec::new();
         let identity = match (certificate, key) {

@@ -67,6 +67,9 @@ const COALESCE: Duration = Duration::from_millis(10);
 const BACKLOG: usize = 256;
 /// What was written is back by the watch in milliseconds; until then nothing is decided.
 const ECHO: Duration = Duration::from_secs(2);
+/// A peer whose key is gone is sent to for so long all the same: one that lives makes it again at once, or when it has
+/// found an etcd that has forgotten everything.
+const GRACE: Duration = Duration::from_secs(15);
 /// So often a subnet is tried that is free, and still cannot be had.
 const REFUSED_MAX: u32 = 3;
 
@@ -243,6 +246,8 @@ struct Keeper {
     connection: Option<Connection>,
     /// All leases; none before the first list.
     entries: Option<Entries>,
+    /// Those that are gone, until they are forgotten.
+    gone: Vec<(Arc<str>, Entry, Instant)>,
     /// Up to where they are known.
     revision: i64,
     /// Something of them changed since the last look.
@@ -291,6 +296,7 @@ impl Keeper {
             kernel: Kernel::default(),
             connection: None,
             entries: None,
+            gone: Vec::new(),
             revision: 0,
             changed: false,
             macs: PerFamily::default(),
@@ -328,9 +334,12 @@ impl Keeper {
 
     fn take(&mut self, news: News) {
         match news {
-            News::Connected(connection) => self.connection = Some(connection),
+            News::Connected(connection) => self.connection = Some(*connection),
             News::Listed(revision, raws) => {
-                self.entries = Some(raws.into_iter().map(entry).collect());
+                let entries: Entries = raws.into_iter().map(entry).collect();
+                for (name, entry) in self.entries.replace(entries).unwrap_or_default() {
+                    self.remember(name, entry);
+                }
                 // Also back, where etcd is another.
                 self.revision = revision;
                 self.echo = None;
@@ -349,11 +358,12 @@ impl Keeper {
             }
             News::Deleted(revision, name) => {
                 self.revision = self.revision.max(revision);
-                let gone = self
-                    .entries
-                    .as_mut()
-                    .and_then(|entries| entries.remove(name.as_str()));
-                self.changed |= gone.is_some();
+                let entries = self.entries.as_mut();
+                let gone = entries.and_then(|entries| entries.remove_entry(name.as_str()));
+                if let Some((name, entry)) = gone {
+                    self.changed = true;
+                    self.remember(name, entry);
+                }
             }
             News::Config(bytes) => self.config_problem = self.compare_config(bytes.as_deref()),
             News::Trouble(problem) => {
@@ -363,6 +373,30 @@ impl Keeper {
             News::Wrote(result) => self.wrote(result),
             News::Kept(lease, asked, result) => self.kept(lease, asked, result),
         }
+    }
+
+    /// Keeps a peer that is gone for a while. It is younger than all that are there, so it stands in nobody's way.
+    fn remember(&mut self, name: Arc<str>, mut entry: Entry) {
+        entry.created = i64::MAX;
+        self.gone.push((name, entry, Instant::now() + GRACE));
+    }
+
+    /// All leases, and those that are gone for a moment, but for our own.
+    fn with_gone(&mut self, entries: &Entries, us: &Us<'_>) -> Entries {
+        let before = self.gone.len();
+        let now = Instant::now();
+        self.gone.retain(|(name, entry, until)| {
+            let is_peer = matches!(&entry.record, Ok(record) if !us.is_ours(record));
+            is_peer && *until > now && !entries.contains_key(name)
+        });
+        self.changed |= self.gone.len() != before;
+        let mut all = entries.clone();
+        let gone = self
+            .gone
+            .iter()
+            .map(|(name, entry, _)| (Arc::clone(name), entry.clone()));
+        all.extend(gone);
+        all
     }
 
     /// What the network configuration says was read when we started; what hangs on it is all of us.
@@ -426,6 +460,11 @@ impl Keeper {
             previous: self.previous.first().copied().unwrap_or_default(),
         };
         let found = us.find(entries);
+        let all = match self.gone.is_empty() {
+            true => None,
+            false => Some(self.with_gone(entries, &us)),
+        };
+        let all = all.as_ref().unwrap_or(entries);
         if let (Some(how), Some(held)) = (&found.stolen, &held) {
             self.lose(held.subnets, how);
             self.changed = true;
@@ -449,7 +488,7 @@ impl Keeper {
                     created: entry.created,
                     leases: self.leases(subnets, addresses, macs),
                 };
-                let (listening, older) = self.tell_set(entries, &mut own, found.others, sink, seen);
+                let (listening, older) = self.tell_set(all, &mut own, found.others, sink, seen);
                 if let Some(older) = older {
                     self.give_way(&name, entry, *subnets, &older)?;
                     return Ok(listening);
@@ -498,7 +537,7 @@ impl Keeper {
                 if let Some((refused, REFUSED_MAX..)) = &self.refused {
                     wanted.retain(|subnets| subnets != refused);
                 }
-                let chosen = us.choose(entries, &wanted, random())?;
+                let chosen = us.choose(all, &wanted, random())?;
                 let macs = self.choose_macs(known, None);
                 // Ours in all but writing: peers' changes are not waited with.
                 let mut listening = true;
@@ -509,7 +548,7 @@ impl Keeper {
                             created: i64::MAX,
                             leases: self.leases(&held.subnets, addresses, macs),
                         };
-                        (listening, _) = self.tell_set(entries, &mut own, found.others, sink, seen);
+                        (listening, _) = self.tell_set(all, &mut own, found.others, sink, seen);
                     } else {
                         self.lose(
                             held.subnets,
@@ -630,6 +669,9 @@ impl Keeper {
             view = View::of(entries, own, conf, others);
             self.own.clone_from(&own.leases);
         }
+        for (name, ..) in &self.gone {
+            view.skipped.remove(name);
+        }
         name_skipped("lease", &mut self.named, &mut view.skipped);
         if let Some(older) = view.own_subnet_taken {
             // Looked at again as a whole.
@@ -670,7 +712,10 @@ impl Keeper {
 
     fn lose(&mut self, subnets: Subnets, how: &str) {
         let nets: Vec<IpNet> = subnets.iter().filter_map(|(_, net)| *net).collect();
-        tracing::error!("our lease {} {how}: taking another", key_name(&subnets));
+        // It may take some tries to give it up.
+        if self.lost.as_ref().is_none_or(|lost| lost.nets != nets) {
+            tracing::error!("our lease {} {how}: taking another", key_name(&subnets));
+        }
         self.held = None;
         self.previous.clear();
         self.renewal = None;
@@ -735,7 +780,10 @@ impl Keeper {
         if self.writing.is_some() || Instant::now() < self.write_after {
             return;
         }
-        tracing::info!(?write, "own lease");
+        // Once for a row of failures.
+        if self.backoff.failures() == 0 {
+            tracing::info!(?write, "own lease");
+        }
         self.writing = Some(write.clone());
         let (keys, out) = (self.settings.access.keys.clone(), self.out.clone());
         tokio::spawn(async move {

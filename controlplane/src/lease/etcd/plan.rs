@@ -102,6 +102,11 @@ impl Us<'_> {
         })
     }
 
+    /// Whether a record has our public IP, or our MAC address.
+    pub fn is_ours(&self, record: &Record) -> bool {
+        self.is_at(record, self.public_ips) || self.mark(record) == Some(true)
+    }
+
     /// Whether the MAC addresses say that it is ours, or that it is not; nothing if they say nothing.
     fn mark(&self, record: &Record) -> Option<bool> {
         let pairs = self
@@ -137,7 +142,7 @@ impl Us<'_> {
                     self.mark(record),
                 ) {
                     (true, None | Some(true)) => {
-                        found.standing = Standing::Ours(Arc::clone(&held.name))
+                        found.standing = Standing::Ours(Arc::clone(&held.name));
                     }
                     (true, Some(false)) => {
                         found.stolen = Some("was written by another node with the same public IP: give each its own with --public-ip".to_owned());
@@ -158,18 +163,18 @@ impl Us<'_> {
                 continue;
             };
             let is_held = self.held.is_some_and(|held| held.name == *name);
-            if is_held || !self.is_at(record, self.public_ips) {
+            let had = self.families().any(|family| {
+                let subnet = subnets.get(family);
+                subnet.is_some() && subnet == self.previous.get(family)
+            });
+            // Our address may have changed while we did not run.
+            let moved = had && self.mark(record) == Some(true);
+            if is_held || !(moved || self.is_at(record, self.public_ips)) {
                 continue;
             }
-            let had = |subnets_before: &Subnets| {
-                self.families().any(|family| {
-                    let subnet = subnets.get(family);
-                    subnet.is_some() && subnet == subnets_before.get(family)
-                })
-            };
             let rank = match self.mark(record) {
                 Some(true) => 0,
-                _ if had(&self.previous) => 1,
+                _ if had => 1,
                 None => 2,
                 Some(false) => {
                     let problem = "has our public IP and another VTEP MAC address: another node uses the same public IP; give each its own with --public-ip";
@@ -371,13 +376,17 @@ mod tests {
             ("", "10.5.9.0-24", ours("10.5.1.0-24")),
             ("", "", ours("10.5.1.0-24")),
             ("02:00:00:00:00:07", "10.5.3.0-24", ours("10.5.3.0-24")),
+            // Its address is another than when it was written, and all else is ours.
+            (OURS, "10.5.4.0-24", ours("10.5.4.0-24")),
+            ("02:00:00:00:00:07", "10.5.4.0-24", Standing::None),
             // A device of ours, and none of these leases is its.
             ("02:00:00:00:00:07", "", Standing::None),
         ] {
             let found = us(&pools, mac, None, previous).find(&all);
             assert_eq!(found.standing, expected, "{mac} {previous}");
             assert_eq!(found.stolen, None);
-            let unused = if expected == Standing::None { 3 } else { 2 };
+            let one_of_three = expected != Standing::None && expected != ours("10.5.4.0-24");
+            let unused = if one_of_three { 2 } else { 3 };
             assert_eq!(found.others.len(), unused, "{:?}", found.others);
         }
     }
