@@ -85,11 +85,13 @@ fn probe(lab: &Lab, node: &Node) -> Vec<u8> {
 
 /// All that is counted of packets and frames, apart from neighbour discovery, which never ends.
 fn account_of(workers: &Workers) -> Vec<u64> {
-    const LOOP: [Counter; 4] = [
+    const LOOP: [Counter; 6] = [
         Counter::Turns,
         Counter::BusyTurns,
         Counter::Sleeps,
         Counter::Kicks,
+        Counter::BusyCycles,
+        Counter::IdleCycles,
     ];
     let mut account = Vec::new();
     for worker in &workers.workers {
