@@ -503,17 +503,19 @@ mod tests {
     }
 
     fn expect_set(events: &Receiver<LeaseEvent>, wanted: &LeaseSet) {
-        match next(events) {
-            LeaseEvent::Set { leases, .. } => assert_eq!(*leases, *wanted),
-            other => panic!("{other:?}"),
-        }
+        let event = next(events);
+        let LeaseEvent::Set { leases, .. } = &event else {
+            panic!("{event:?}")
+        };
+        assert_eq!(**leases, *wanted);
     }
 
     fn expect_problem(events: &Receiver<LeaseEvent>, wanted: &str) {
-        match next(events) {
-            LeaseEvent::Failed(problem) => assert!(problem.ends_with(wanted), "{problem}"),
-            other => panic!("{other:?}"),
-        }
+        let event = next(events);
+        let LeaseEvent::Failed(problem) = &event else {
+            panic!("{event:?}")
+        };
+        assert!(problem.ends_with(wanted), "{problem}");
     }
 
     fn told(set: &LeaseSet) -> LeaseEvent {
