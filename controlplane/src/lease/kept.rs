@@ -231,9 +231,9 @@ impl Kept {
 enum Phase {
     /// Nobody's, until then.
     Waiting(Instant),
-    /// The kept one, which was written at that time.
+    /// The kept one, or nobody's if it cannot be used; and what is to be said of it.
     Kept(String),
-    /// The source's, or nobody's for want of a kept one.
+    /// The source's, or nobody's if nothing is kept.
     Source,
 }
 
@@ -271,20 +271,29 @@ impl LeaseSource for Kept {
                 Ok(event) => event,
                 Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {
-                    phase = Phase::Source;
-                    let Some((set, at)) = stand_in(&store) else {
-                        continue;
+                    let path = store.path.display();
+                    let said = match store.read() {
+                        Ok(None) => {
+                            phase = Phase::Source;
+                            continue;
+                        }
+                        Ok(Some((set, at))) => {
+                            let set = LeaseEvent::Set {
+                                leases: Arc::new(set),
+                                seen: Instant::now(),
+                            };
+                            if !sink.send(set) {
+                                return;
+                            }
+                            format!("leases from {at}, kept on disk")
+                        }
+                        Err(error) => format!("leases kept in {path} are not used: {error}"),
                     };
-                    let set = LeaseEvent::Set {
-                        leases: Arc::new(set),
-                        seen: Instant::now(),
-                    };
-                    let told = sink.send(set);
-                    let notice = LeaseEvent::Failed(notice(&at, &name, problem.as_deref()));
-                    if !(told && sink.send(notice)) {
+                    let notice = notice(&said, &name, problem.as_deref());
+                    phase = Phase::Kept(said);
+                    if !sink.send(LeaseEvent::Failed(notice)) {
                         return;
                     }
-                    phase = Phase::Kept(at);
                     continue;
                 }
             };
@@ -298,8 +307,8 @@ impl LeaseSource for Kept {
                 LeaseEvent::Recovered => problem = None,
             }
             let event = match (event, &phase) {
-                (LeaseEvent::Failed(_) | LeaseEvent::Recovered, Phase::Kept(at)) => {
-                    LeaseEvent::Failed(notice(at, &name, problem.as_deref()))
+                (LeaseEvent::Failed(_) | LeaseEvent::Recovered, Phase::Kept(said)) => {
+                    LeaseEvent::Failed(notice(said, &name, problem.as_deref()))
                 }
                 (event, _) => event,
             };
@@ -310,22 +319,12 @@ impl LeaseSource for Kept {
     }
 }
 
-/// What is said while the kept set is in force.
-fn notice(at: &str, name: &str, problem: Option<&str>) -> String {
+/// What is wrong while the source has no set.
+fn notice(said: &str, name: &str, problem: Option<&str>) -> String {
     match problem {
-        None => format!("leases from {at}, kept on disk: {name} not reached"),
-        Some(problem) => format!("leases from {at}, kept on disk: {name} has no others: {problem}"),
+        None => format!("{said}; {name} not reached"),
+        Some(problem) => format!("{said}; {name} has no others: {problem}"),
     }
-}
-
-/// The kept set, if there is one that can be used.
-fn stand_in(store: &Store) -> Option<(LeaseSet, String)> {
-    let read = store.read();
-    read.unwrap_or_else(|error| {
-        let path = store.path.display();
-        tracing::warn!("leases kept in {path} are not used: {error}");
-        None
-    })
 }
 
 /// Writes the latest of the sets that come.
@@ -504,17 +503,19 @@ mod tests {
     }
 
     fn expect_set(events: &Receiver<LeaseEvent>, wanted: &LeaseSet) {
-        match next(events) {
-            LeaseEvent::Set { leases, .. } => assert_eq!(*leases, *wanted),
-            other => panic!("{other:?}"),
-        }
+        let event = next(events);
+        let LeaseEvent::Set { leases, .. } = &event else {
+            panic!("{event:?}")
+        };
+        assert_eq!(**leases, *wanted);
     }
 
     fn expect_problem(events: &Receiver<LeaseEvent>, wanted: &str) {
-        match next(events) {
-            LeaseEvent::Failed(problem) => assert!(problem.ends_with(wanted), "{problem}"),
-            other => panic!("{other:?}"),
-        }
+        let event = next(events);
+        let LeaseEvent::Failed(problem) = &event else {
+            panic!("{event:?}")
+        };
+        assert!(problem.ends_with(wanted), "{problem}");
     }
 
     fn told(set: &LeaseSet) -> LeaseEvent {
@@ -554,10 +555,10 @@ mod tests {
         expect_set(&events, &last);
         expect_problem(
             &events,
-            "kept on disk: kube https://x has no others: no route",
+            "kept on disk; kube https://x has no others: no route",
         );
         play.send(LeaseEvent::Recovered).unwrap();
-        expect_problem(&events, "kept on disk: kube https://x not reached");
+        expect_problem(&events, "kept on disk; kube https://x not reached");
         let current = set(&[lease(4)]);
         play.send(told(&current)).unwrap();
         expect_set(&events, &current);
@@ -576,5 +577,23 @@ mod tests {
         expect_set(&events, &current);
         std::thread::sleep(PATIENCE + Duration::from_millis(200));
         assert!(events.try_recv().is_err());
+    }
+
+    #[test]
+    fn one_that_cannot_be_used_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join(KEPT_FILE), "x").unwrap();
+        let (play, events) = play(directory.path());
+        let said = "leases.kept are not used: it is damaged: it has not three lines";
+        expect_problem(&events, &format!("{said}; kube https://x not reached"));
+        play.send(LeaseEvent::Failed("no route".to_owned()))
+            .unwrap();
+        expect_problem(
+            &events,
+            &format!("{said}; kube https://x has no others: no route"),
+        );
+        let current = set(&[lease(3)]);
+        play.send(told(&current)).unwrap();
+        expect_set(&events, &current);
     }
 }

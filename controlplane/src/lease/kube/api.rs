@@ -65,9 +65,12 @@ fn remedy(problem: &str) -> &'static str {
     let has = |word: &str| problem.contains(word);
     if has("UnknownIssuer") || has("BadSignature") {
         ": the server's certificate is not signed by the certificate authority given (certificate-authority in the kubeconfig, or the service account's ca.crt)"
-    } else if has("NotValidForName") {
+    } else if has("NotValidForName") || has("not valid for name") {
         ": the server's certificate is for another name or address: correct the URL, or set tls-server-name in the kubeconfig"
-    } else if has("certificate: Expired") || has("NotValidYet") {
+    } else if ["xpired", "NotValidYet", "not valid yet"]
+        .into_iter()
+        .any(has)
+    {
         ": renew the server's certificate, or set the clock"
     } else if has("received fatal alert") {
         ": the server does not take our certificate (client-certificate in the kubeconfig), or does not know it"
@@ -146,8 +149,8 @@ pub(super) enum News {
     Applied(Node),
     /// This one is gone.
     Deleted(String),
-    /// The server cannot be asked, and why.
-    Trouble(String),
+    /// The server cannot be asked, and why; and whether certificates or credentials are at fault.
+    Trouble(String, bool),
     /// It can.
     Fine,
     /// Our addresses may be others.
@@ -300,7 +303,9 @@ impl Api {
     async fn pause(&self, backoff: &mut Backoff, error: ApiError, out: &mpsc::Sender<News>) {
         let error = self.mend(error).await;
         if backoff.failures() > 0 {
-            let _closed = out.send(News::Trouble(error.to_string())).await;
+            let _closed = out
+                .send(News::Trouble(error.to_string(), error.is_about_trust()))
+                .await;
         }
         tokio::time::sleep(backoff.next()).await;
     }

@@ -143,6 +143,14 @@ impl Server {
                 Config::incluster().map_err(|error| KubeError::InCluster(Box::new(error)))?
             }
         };
+        // Files made by hand end in a line feed, which no header may have. What is read here is read anew on a 401.
+        if let Some(path) = &config.auth_info.token_file
+            && let Ok(text) = std::fs::read_to_string(path)
+            && text.trim() != text
+        {
+            config.auth_info.token = Some(text.trim().to_owned().into());
+            config.auth_info.token_file = None;
+        }
         config.connect_timeout = Some(CONNECT);
         // It waits longer than we do, and says nothing about it.
         config.default_retry = false;
@@ -335,6 +343,8 @@ struct Keeper {
     /// Our own leases as last found.
     own: PerFamily<Option<Lease>>,
     api_problem: Option<String>,
+    /// That is about certificates or credentials.
+    distrust: bool,
     own_problem: Option<String>,
     write_problem: Option<String>,
     /// What the loop was told.
@@ -362,6 +372,7 @@ impl Keeper {
             sent: None,
             own: PerFamily::default(),
             api_problem: None,
+            distrust: false,
             own_problem: None,
             write_problem: None,
             told: None,
@@ -396,8 +407,12 @@ impl Keeper {
                     .and_then(|nodes| nodes.remove(name.as_str()));
                 self.changed |= gone.is_some();
             }
-            News::Trouble(problem) => {
-                self.api_problem.get_or_insert(problem);
+            // The first of a row says no less than those that follow, unless one is found that somebody has to mend.
+            News::Trouble(problem, trust) => {
+                if self.api_problem.is_none() || trust && !self.distrust {
+                    self.api_problem = Some(problem);
+                    self.distrust = trust;
+                }
             }
             News::Fine => self.api_problem = None,
             News::Kernel => self.seen = None,

@@ -279,3 +279,76 @@ fn peer_lease(
         vtep_mac,
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::annotations::DEFAULT_PREFIX;
+    use super::super::node::read_page;
+    use super::*;
+
+    /// Node n1 with these pod CIDRs.
+    fn node(cidrs: &[&str]) -> Node {
+        let text = serde_json::json!({"items": [{"metadata": {"name": "n1"}, "spec": {"podCIDRs": cidrs}}]});
+        let prefix = Prefix::new(DEFAULT_PREFIX).unwrap();
+        let page = read_page(text.to_string().as_bytes(), &prefix, "n1").unwrap();
+        page.nodes.into_iter().next().unwrap()
+    }
+
+    fn own(cidrs: &[&str], conf: &str) -> Result<[Option<String>; 2], String> {
+        let conf = NetConf::parse(conf.as_bytes()).unwrap();
+        let found = own_subnets(&node(cidrs), &conf)?;
+        Ok([found.v4, found.v6].map(|net| net.map(|net| net.to_string())))
+    }
+
+    const V4: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
+    const DUAL: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","Backend":{"Type":"vxlan"}}"#;
+
+    #[test]
+    fn our_own_subnets_are_those_of_the_families_that_are_on() {
+        let is =
+            |v4: Option<&str>, v6: Option<&str>| Ok([v4.map(str::to_owned), v6.map(str::to_owned)]);
+        let (net, net6) = ("10.244.1.0/24", "fd00:10:244:1::/64");
+        assert_eq!(own(&[net], V4), is(Some(net), None));
+        assert_eq!(own(&[net6, net], V4), is(Some(net), None));
+        assert_eq!(own(&[net6, net], DUAL), is(Some(net), Some(net6)));
+        // Of two of one family flannel takes the last, and host bits do not count.
+        assert_eq!(
+            own(&["10.244.7.0/24", "10.244.1.9/24"], V4),
+            is(Some(net), None)
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_with_them_is_said_in_flannels_words() {
+        for (cidrs, conf, wanted) in [
+            (&[][..], V4, r#"node "n1" pod cidr not assigned"#),
+            (
+                &["10.244.1.0/24", "10.244.2.0/24", "fd00::/64"],
+                DUAL,
+                r#"node "n1" pod cidrs should be IPv4/IPv6 only or dualstack"#,
+            ),
+            (
+                &["10.245.1.0/24"],
+                V4,
+                r#"subnet "10.244.0.0/16" specified in the flannel net config doesn't contain "10.245.1.0/24" PodCIDR of the "n1" node"#,
+            ),
+            // Wider than the network is not inside it.
+            (
+                &["10.0.0.0/8"],
+                V4,
+                r#"subnet "10.244.0.0/16" specified in the flannel net config doesn't contain "10.0.0.0/8" PodCIDR of the "n1" node"#,
+            ),
+            (
+                &["10.244.1.0/24", "fd00:10:245::/64"],
+                DUAL,
+                r#"subnet "fd00:10:244::/48" specified in the flannel net config doesn't contain "fd00:10:245::/64" IPv6 PodCIDR of the "n1" node"#,
+            ),
+            (&["10.244.1.0/24"], DUAL, r#"node "n1" has no IPv6 PodCIDR"#),
+            (&["10.244.1.0/31"], V4, "has no room for pods"),
+            (&["nonsense"], V4, "is not a prefix"),
+        ] {
+            let error = own(cidrs, conf).expect_err(wanted);
+            assert!(error.contains(wanted), "{error}");
+        }
+    }
+}
