@@ -474,9 +474,9 @@ fn a_bridge_of_another_subnet_is_named_with_its_cure() -> Result<()> {
         })?;
         let (node, pod) = (runtime.node, lab.pod(1, 0));
         runtime.add("old", pod, &json!([]))?;
-        api.change(node.name(), |node| {
-            node["spec"] = json!({"podCIDR": "10.244.9.0/24", "podCIDRs": ["10.244.9.0/24"]});
-        });
+        // As when it joins anew.
+        api.delete(node.name());
+        api.create(node.name(), &["10.244.9.0/24"], &json!({}));
         wait_until("subnet.env follows", PATIENCE, || {
             fs::read_to_string(runtime.subnet_file())
                 .is_ok_and(|text| text.contains("FLANNEL_SUBNET=10.244.9.1/24"))
