@@ -153,11 +153,9 @@ impl Flags {
     /// Leases come from one place.
     fn check_source(&self) -> Result<(), String> {
         let kube = self.kube_subnet_mgr.then_some("--kube-subnet-mgr");
-        let file = self.given_lease_file().map(|_| "--lease-file");
-        let mut given = [kube, file, self.etcd.given()].into_iter().flatten();
-        match (given.next(), given.next()) {
-            (Some(one), Some(other)) => Err(format!(
-                "{one} and {other} (or their FLANNELD_ variables) name two sources of leases: remove one of them"
+        match (self.given_lease_file(), kube.or(self.etcd.given())) {
+            (Some(_), Some(other)) => Err(format!(
+                "--lease-file and {other} (or their FLANNELD_ variables) name two sources of leases: remove one of them"
             )),
             _ => Ok(()),
         }
@@ -165,6 +163,10 @@ impl Flags {
 
     fn source(&self) -> anyhow::Result<Source> {
         if self.kube_subnet_mgr {
+            // As with flannel, whose unit files may have both.
+            if let Some(flag) = self.etcd.given() {
+                tracing::warn!("{flag} is not used with --kube-subnet-mgr");
+            }
             return Ok(Source::Kube(Box::new(Kube::new(self)?)));
         }
         let usual = || PathBuf::from(LEASE_FILE);
@@ -305,7 +307,7 @@ fn run(flags: Flags) -> anyhow::Result<()> {
             (NetConf::load(&flags.net_config_path)?, PerFamily::default())
         }
         Source::Etcd(access) => {
-            let found = etcd::wait_for_config(access, &signals);
+            let found = etcd::wait_for_config(access, &flags.run_dir, &signals);
             match found.context("wait for the network configuration")? {
                 Some(config) => (config.conf, config.pools),
                 None => return Ok(()),
@@ -382,7 +384,13 @@ fn run(flags: Flags) -> anyhow::Result<()> {
             };
             // As above.
             selection.public_ips = PerFamily::default();
-            Box::new(EtcdSource::new(settings))
+            let source = Box::new(EtcdSource::new(settings));
+            Box::new(Kept::new(
+                source,
+                &flags.run_dir,
+                node.clone(),
+                conf.clone(),
+            ))
         }
         Source::File(path) => Box::new(FileSource::new(path, node.clone(), conf.clone())),
     };

@@ -789,5 +789,28 @@ fn the_program_waits_for_the_configuration_and_takes_a_lease() {
     let (again, _) = eventually("subnet.env", || SubnetEnv::read(&file).ok());
     assert_eq!(again, env);
     assert_eq!(etcd.list(SUBNETS), own);
+
+    // A run that finds no etcd at all goes by what the one before has kept.
+    etcd.put(
+        &key("10.5.200.0-24"),
+        &value("10.199.0.9", "02:00:00:00:00:09"),
+    );
+    let route = || {
+        node.namespace
+            .ip("route show 10.5.200.0/24")
+            .contains("flannel.1")
+    };
+    let kept = node.run_dir().join("leases.kept");
+    let is_kept = || std::fs::read_to_string(&kept).is_ok_and(|text| text.contains("10.5.200.0"));
+    eventually("the peer, also on disk", || {
+        (route() && is_kept()).then_some(())
+    });
+    process.signal(libc::SIGTERM);
+    assert_eq!(wait_exit(process).0, 0);
+    drop(etcd);
+    node.namespace.ip("route del 10.5.200.0/24");
+    let process = start();
+    let (_, took) = eventually("the route without etcd", || route().then_some(()));
+    println!("mended without etcd after {took:?}");
     drop(process);
 }

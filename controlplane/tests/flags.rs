@@ -176,11 +176,6 @@ fn two_sources_of_leases_are_named_both() {
             ["--kube-subnet-mgr", "--lease-file"],
         ),
         (
-            &["--etcd-prefix", "/p", "-kube-subnet-mgr"],
-            &[],
-            ["--kube-subnet-mgr", "--etcd-prefix"],
-        ),
-        (
             &["--lease-file=/leases"],
             &[("FLANNELD_ETCD_ENDPOINTS", "http://10.0.0.1:2379")],
             ["--lease-file", "--etcd-endpoints"],

@@ -32,7 +32,7 @@ pub mod view;
 use core::net::IpAddr;
 use core::time::Duration;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -59,6 +59,8 @@ use crate::sys::{Signals, Wake, wait_readable};
 pub const TTL: Duration = Duration::from_secs(86_400);
 /// A watch that does not even answer when asked is given up after this long.
 pub const SILENT: Duration = Duration::from_secs(60);
+/// How long etcd may take before the kept configuration does.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// How often the kernel is asked for our addresses.
 const LOOK: Duration = Duration::from_secs(1);
 /// Changes come in bursts; a burst is answered once.
@@ -95,23 +97,38 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
         .build()
 }
 
-/// Waits for the network configuration in etcd, for as long as it takes. None if a signal came before.
+/// Waits for the network configuration in etcd, for as long as it takes. None if a signal came before. What was found is
+/// kept in `run_dir`, and does if etcd says nothing soon.
 ///
 /// # Errors
 /// The system has no thread or descriptor for it.
-pub fn wait_for_config(access: &Access, signals: &Signals) -> std::io::Result<Option<Config>> {
+pub fn wait_for_config(
+    access: &Access,
+    run_dir: &Path,
+    signals: &Signals,
+) -> std::io::Result<Option<Config>> {
     use std::os::fd::AsFd as _;
     let wake = Arc::new(Wake::new()?);
     let (out, found) = crossbeam::channel::bounded(1);
     let runtime = runtime()?;
-    let (access, awake) = (access.clone(), Arc::clone(&wake));
+    let kept = KeptConfig::new(access, run_dir);
+    let (access, awake, keeper) = (access.clone(), Arc::clone(&wake), kept.clone());
     std::thread::Builder::new()
         .name("net-conf".to_owned())
         .spawn(move || {
-            // Whoever does not want it any more is on the way out.
-            let _closed = out.send(runtime.block_on(first_config(&access)));
+            let (config, bytes) = runtime.block_on(first_config(&access));
+            if let Err(error) = keeper.write(&bytes) {
+                tracing::warn!(
+                    "{}: {error}: a start while etcd is away will wait for it",
+                    keeper.path.display()
+                );
+            }
+            // Whoever does not want it any more is on the way out, or has the kept one.
+            let _closed = out.send(config);
             awake.signal();
         })?;
+    let start = Instant::now();
+    let mut kept = Some(kept);
     loop {
         if let Ok(config) = found.try_recv() {
             return Ok(Some(config));
@@ -119,12 +136,62 @@ pub fn wait_for_config(access: &Access, signals: &Signals) -> std::io::Result<Op
         if signals.arrived() {
             return Ok(None);
         }
+        if start.elapsed() >= PATIENCE
+            && let Some(config) = kept.take().and_then(|kept| kept.read())
+        {
+            tracing::warn!(
+                "etcd does not answer: the network configuration is the last one that it had"
+            );
+            return Ok(Some(config));
+        }
         wait_readable([wake.as_fd(), signals.as_fd()], LOOK);
         wake.clear();
     }
 }
 
-async fn first_config(access: &Access) -> Config {
+/// The network configuration as it was, on disk: the key on a line, and its value.
+#[derive(Debug, Clone)]
+struct KeptConfig {
+    path: PathBuf,
+    key: String,
+}
+
+impl KeptConfig {
+    fn new(access: &Access, run_dir: &Path) -> Self {
+        Self {
+            path: run_dir.join("net-conf.kept"),
+            key: access.keys.config(),
+        }
+    }
+
+    fn write(&self, value: &[u8]) -> std::io::Result<()> {
+        if let Some(directory) = self.path.parent() {
+            std::fs::create_dir_all(directory)?;
+        }
+        let temporary = self
+            .path
+            .with_extension(format!("{}.part", std::process::id()));
+        std::fs::write(&temporary, [self.key.as_bytes(), b"\n", value].concat())?;
+        std::fs::rename(temporary, &self.path)
+    }
+
+    /// Nothing if there is none, or one of another key.
+    fn read(&self) -> Option<Config> {
+        let bytes = std::fs::read(&self.path).ok()?;
+        let value = bytes
+            .strip_prefix(self.key.as_bytes())?
+            .strip_prefix(b"\n")?;
+        match Config::parse(value) {
+            Ok(config) => Some(config),
+            Err(error) => {
+                tracing::warn!("{} is not used: {error}", self.path.display());
+                None
+            }
+        }
+    }
+}
+
+async fn first_config(access: &Access) -> (Config, Vec<u8>) {
     let mut backoff = Backoff::default();
     let mut told = None;
     loop {
@@ -144,7 +211,7 @@ async fn first_config(access: &Access) -> Config {
     }
 }
 
-async fn config_at(access: &Access, endpoint: &str) -> Result<Config, String> {
+async fn config_at(access: &Access, endpoint: &str) -> Result<(Config, Vec<u8>), String> {
     let connection = access.connect(endpoint).await;
     let connection = connection.map_err(|error| error.to_string())?;
     let bytes = connection.config(&access.keys).await;
@@ -153,7 +220,8 @@ async fn config_at(access: &Access, endpoint: &str) -> Result<Config, String> {
     let bytes = bytes.ok_or_else(|| {
         format!("flannel config not found in etcd store. Did you create your config using etcdv3 API? The key is {key}")
     })?;
-    Config::parse(&bytes).map_err(|error| format!("{key}: {error}"))
+    let config = Config::parse(&bytes).map_err(|error| format!("{key}: {error}"))?;
+    Ok((config, bytes))
 }
 
 /// What the operator configured.
