@@ -60,12 +60,16 @@ fn pods_talk_without_a_lease_file_and_without_the_api_server() -> Result<()> {
         for node in lab.ripstop_nodes() {
             node.wait_for_detour(2)?;
         }
-        wait_until("all nodes say that their network is there", PATIENCE, || {
-            lab.nodes().iter().all(|node| {
-                let condition = cluster.condition(node.name(), "NetworkUnavailable");
-                condition["status"] == "False"
-            })
-        })?;
+        wait_until(
+            "all nodes say that their network is there",
+            PATIENCE,
+            || {
+                lab.nodes().iter().all(|node| {
+                    let condition = cluster.condition(node.name(), "NetworkUnavailable");
+                    condition["status"] == "False"
+                })
+            },
+        )?;
         for (from, to) in [(1, 2), (2, 3), (3, 1)] {
             let ping = Ping::new(lab.pod(from, 0), lab.pod(to, 0));
             assert_eq!(ping.run()?.received, 1, "from n{from} to n{to}");
