@@ -1,5 +1,6 @@
 //! The `kube` lease source against an API service. Needs root, for network namespaces.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::print_stdout, reason = "times are printed, never asserted")]
 
 #[path = "common/cluster.rs"]
 mod cluster;

@@ -2,6 +2,7 @@
 //!
 //! The program runs as a process, against the API service of the tests behind TLS.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::print_stdout, reason = "times are printed, never asserted")]
 
 mod common;
 

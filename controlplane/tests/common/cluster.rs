@@ -129,7 +129,7 @@ impl Cluster {
             .is_some_and(|cidr| !cidr.is_empty())
         {
             self.delete(n);
-            self.create(n, cidrs, &self.annotations(n, &node));
+            self.create(n, cidrs, &self.usual(&node));
             return;
         }
         let spec = json!({"podCIDR": cidrs[0], "podCIDRs": cidrs});
@@ -168,7 +168,7 @@ impl Cluster {
     pub(crate) fn set_conditions(&self, n: &str, conditions: &Value) {
         match &self.backing {
             Backing::Mock(api) => {
-                api.change(n, |node| node["status"]["conditions"] = conditions.clone())
+                api.change(n, |node| node["status"]["conditions"] = conditions.clone());
             }
             Backing::Real(real) => {
                 let body = json!({"status": {"conditions": conditions}});
@@ -187,7 +187,7 @@ impl Cluster {
         match &self.backing {
             Backing::Mock(api) => api.delete(n),
             Backing::Real(real) => {
-                drop(real.ask("DELETE", &self.path(n), "application/json", None))
+                real.ask("DELETE", &self.path(n), "application/json", None);
             }
         }
     }
@@ -202,7 +202,7 @@ impl Cluster {
 
     /// The annotations of a node, with flannel's names.
     pub(crate) fn annotations_of(&self, n: &str) -> Value {
-        self.annotations(n, &self.node(n))
+        self.usual(&self.node(n))
     }
 
     /// One of flannel's annotations.
@@ -247,7 +247,8 @@ impl Cluster {
         format!("/api/v1/nodes/{}", self.name(n))
     }
 
-    fn annotations(&self, _n: &str, node: &Value) -> Value {
+    /// The annotations of a node, with flannel's names.
+    fn usual(&self, node: &Value) -> Value {
         let found = node["metadata"]["annotations"]
             .as_object()
             .into_iter()
