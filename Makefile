@@ -68,9 +68,10 @@ image-files: setup
 	install -D --target-directory=$(IMAGE) $(BUILT)/$(HOST)/release/flannel
 	ln -s ripstop-controlplane $(IMAGE)/opt/bin/flanneld
 
-# helm and hadolint, which check the chart and the Dockerfile.
+# helm and hadolint, which check the chart and the Dockerfile. Where they cannot be had, the tests that need them print
+# NOT RUN and their name.
 tools: setup
-	configs/tools $(TOOLS)/bin
+	configs/tools $(TOOLS)/bin || echo 'helm or hadolint cannot be had here' >&2
 
 # The lab starts the programs as processes, so they are built first.
 test: root lint build tools

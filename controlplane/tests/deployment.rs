@@ -1,12 +1,16 @@
 //! The units, their environment files, and the Dockerfile, by the programs that read them.
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the message")]
 
+#[path = "common/tool.rs"]
+mod tool;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
+use tool::tool;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -204,27 +208,21 @@ fn the_control_plane_takes_its_environment_file() {
     }
 }
 
-/// The program `hadolint`, where `make tools` puts it, or in the path.
-fn hadolint() -> PathBuf {
-    let of_make = root().join("target/tools/bin/hadolint");
-    let program = std::env::var_os("RIPSTOP_HADOLINT").map_or(of_make, PathBuf::from);
-    match program.exists() {
-        true => program,
-        false => "hadolint".into(),
-    }
-}
-
 #[test]
 fn the_dockerfile_has_no_fault_and_copies_what_is_there() {
+    let test = "the_dockerfile_has_no_fault_and_copies_what_is_there";
+    let Some(hadolint) = tool("hadolint", "RIPSTOP_HADOLINT", test) else {
+        return;
+    };
     let lint = |text: &str| {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("Dockerfile");
         fs::write(&file, text).unwrap();
-        let output = Command::new(hadolint())
+        let output = Command::new(&hadolint)
             .args(["--failure-threshold", "style"])
             .arg(file)
             .output()
-            .unwrap_or_else(|error| panic!("{error}: there is no hadolint; `make tools` gets it, or RIPSTOP_HADOLINT names it"));
+            .unwrap();
         let said = String::from_utf8(output.stdout).unwrap();
         assert_eq!(output.status.success(), said.is_empty(), "{said}");
         said

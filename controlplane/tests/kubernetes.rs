@@ -5,6 +5,9 @@
 //! root: in a network namespace).
 #![expect(clippy::unwrap_used, reason = "in a test a panic is the message")]
 
+#[path = "common/tool.rs"]
+mod tool;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,6 +22,7 @@ use ripstop_controlplane::netconf::{Backend, NetConf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tool::tool;
 
 fn configs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs")
@@ -310,21 +314,11 @@ fn what_kubernetes_does_not_know_is_named() {
     }
 }
 
-/// The program `helm`: where `make tools` puts it, or in the path.
-fn helm() -> PathBuf {
-    let of_make = configs().join("../target/tools/bin/helm");
-    let program = std::env::var_os("RIPSTOP_HELM").map_or(of_make, PathBuf::from);
-    match program.exists() {
-        true => program,
-        false => "helm".into(),
-    }
-}
-
-fn chart(values: &Value) -> Result<Vec<Value>, String> {
+fn chart(helm: &Path, values: &Value) -> Result<Vec<Value>, String> {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("values.json");
     fs::write(&file, values.to_string()).unwrap();
-    let output = Command::new(helm())
+    let output = Command::new(helm)
         .args([
             "template",
             "flannel",
@@ -336,9 +330,7 @@ fn chart(values: &Value) -> Result<Vec<Value>, String> {
         .arg(configs().join("kubernetes/chart"))
         .env("HOME", directory.path())
         .output()
-        .map_err(|error| {
-            format!("{error}: there is no helm; `make tools` gets it, or RIPSTOP_HELM names it")
-        })?;
+        .map_err(|error| format!("{}: {error}", helm.display()))?;
     match output.status.success() {
         true => objects(&String::from_utf8(output.stdout).unwrap()),
         false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
@@ -347,10 +339,13 @@ fn chart(values: &Value) -> Result<Vec<Value>, String> {
 
 #[test]
 fn the_chart_comes_to_the_manifest() {
+    let Some(helm) = tool("helm", "RIPSTOP_HELM", "the_chart_comes_to_the_manifest") else {
+        return;
+    };
     let text = fs::read_to_string(configs().join("kubernetes/ripstop.yml")).unwrap();
     let manifest = objects(&text).unwrap();
     let selector = json!({"ripstop": {"selectorLabels": {"app": "flannel", "k8s-app": "flannel"}}});
-    let rendered = chart(&selector).unwrap();
+    let rendered = chart(&helm, &selector).unwrap();
     check(&rendered);
     for name in ["kube-flannel", "ripstop-dataplane", "install-cni-plugin"] {
         let (ours, manifest) = (
@@ -380,8 +375,15 @@ fn the_chart_comes_to_the_manifest() {
 /// Each value of flannel's chart ends up where flannel's chart puts it.
 #[test]
 fn values_of_flannels_chart_say_the_same_here() {
+    let Some(helm) = tool(
+        "helm",
+        "RIPSTOP_HELM",
+        "values_of_flannels_chart_say_the_same_here",
+    ) else {
+        return;
+    };
     let conf = |values: Value| -> Value {
-        let objects = chart(&values).unwrap();
+        let objects = chart(&helm, &values).unwrap();
         check(&objects);
         serde_json::from_str(&net_conf(&objects)).unwrap()
     };
@@ -418,7 +420,7 @@ fn values_of_flannels_chart_say_the_same_here() {
     let expected = json!({"Type": "wireguard", "ListenPort": 1, "ListenPortV6": 2, "PSK": "12", "Mode": "separate", "PersistentKeepaliveInterval": 25, "MTU": 1420});
     assert_eq!(wireguard["Backend"], expected);
 
-    let objects = chart(&json!({
+    let objects = chart(&helm, &json!({
         "global": {"imagePullSecrets": [{"name": "key"}]},
         "flannel": {
             "image": {"repository": "host:5000/ripstop", "tag": 1.5},
@@ -472,10 +474,20 @@ fn values_of_flannels_chart_say_the_same_here() {
 
 #[test]
 fn parts_of_the_chart_can_be_left_out_and_added() {
-    let objects = chart(&json!({
-        "flannel": {"skipCNIConfigInstallation": true, "healthz": {"port": 0}},
-        "ripstop": {"dataplane": {"enabled": false}},
-    }))
+    let Some(helm) = tool(
+        "helm",
+        "RIPSTOP_HELM",
+        "parts_of_the_chart_can_be_left_out_and_added",
+    ) else {
+        return;
+    };
+    let objects = chart(
+        &helm,
+        &json!({
+            "flannel": {"skipCNIConfigInstallation": true, "healthz": {"port": 0}},
+            "ripstop": {"dataplane": {"enabled": false}},
+        }),
+    )
     .unwrap();
     check(&objects);
     assert!(container(&objects, "ripstop-dataplane").is_none());
@@ -483,8 +495,8 @@ fn parts_of_the_chart_can_be_left_out_and_added() {
     assert_eq!(flanneld.args.unwrap(), ["--ip-masq", "--kube-subnet-mgr"]);
     assert!(flanneld.liveness_probe.is_none() && flanneld.ports.is_none());
 
-    assert!(container(&chart(&json!({})).unwrap(), "kube-network-policies").is_none());
-    let objects = chart(&json!({"netpol": {"enabled": true}})).unwrap();
+    assert!(container(&chart(&helm, &json!({})).unwrap(), "kube-network-policies").is_none());
+    let objects = chart(&helm, &json!({"netpol": {"enabled": true}})).unwrap();
     check(&objects);
     let policies = container(&objects, "kube-network-policies").unwrap();
     assert_eq!(
@@ -503,15 +515,22 @@ fn parts_of_the_chart_can_be_left_out_and_added() {
     }
     // Two files for two queues instead of the template.
     let files = json!({"template.json": null, "eth0-q0.json": {"nic": "eth0", "queue": 0, "cpu": 2}, "eth0-q1.json": {"nic": "eth0", "queue": 1, "cpu": 3}});
-    let objects = chart(&json!({
-        "flannel": {"args": ["--kube-subnet-mgr", "--iface-regex=^10[.]"]},
-        "ripstop": {"dataplane": {"config": files}},
-    }))
+    let objects = chart(
+        &helm,
+        &json!({
+            "flannel": {"args": ["--kube-subnet-mgr", "--iface-regex=^10[.]"]},
+            "ripstop": {"dataplane": {"config": files}},
+        }),
+    )
     .unwrap();
     let map: ConfigMap = one(&objects, "ConfigMap", "ripstop-dataplane-cfg");
     assert_eq!(map.data.unwrap().len(), 2);
     // The data plane chooses by itself, and would choose otherwise.
-    let error = chart(&json!({"flannel": {"args": ["--iface-can-reach=192.0.2.1"]}})).unwrap_err();
+    let error = chart(
+        &helm,
+        &json!({"flannel": {"args": ["--iface-can-reach=192.0.2.1"]}}),
+    )
+    .unwrap_err();
     assert!(
         error.contains("--iface-can-reach=192.0.2.1") && error.contains("name the NIC"),
         "{error}"
