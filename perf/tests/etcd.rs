@@ -9,6 +9,7 @@
 //! The lab has its pods before there are leases; so each node finds the subnet of its pods in `subnet.env`, as after a
 //! restart, and takes it by a transaction.
 
+#![expect(clippy::print_stdout, reason = "how long each took is worth reading")]
 #![expect(
     clippy::panic_in_result_fn,
     reason = "a test asserts; what only has to work goes through `?`"

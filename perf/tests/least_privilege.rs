@@ -9,7 +9,6 @@
     clippy::panic_in_result_fn,
     reason = "a test asserts; what only has to work goes through `?`"
 )]
-#![expect(clippy::print_stdout, reason = "numbers for whoever reads the log")]
 
 use core::time::Duration;
 use std::fs;

@@ -60,9 +60,10 @@ impl Source {
     /// Problems until there is one that says this.
     pub(crate) fn problem(&self, wanted: &str) -> String {
         loop {
-            match self.next() {
-                LeaseEvent::Failed(problem) if problem.contains(wanted) => return problem,
-                _ => {}
+            if let LeaseEvent::Failed(problem) = self.next()
+                && problem.contains(wanted)
+            {
+                return problem;
             }
         }
     }

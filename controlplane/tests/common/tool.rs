@@ -1,5 +1,6 @@
 //! Programs that are not in Debian: `make tools` gets them where it can.
 
+#![expect(clippy::print_stdout, reason = "what is not run must be seen")]
 use std::path::{Path, PathBuf};
 
 /// A program: where the variable says, where `make tools` puts it, or in the path. Without one, says which test has not
