@@ -211,7 +211,11 @@ fn takes_its_flags(container: &Container) {
     let output = Command::new("/usr/bin/unshare")
         .args(["--net", env!("CARGO_BIN_EXE_ripstop-controlplane")])
         .args(args)
-        .arg("--net-config-path=/nonexistent/net-conf.json")
+        // Outside of a pod it has to be told where the API server is.
+        .args([
+            "--net-config-path=/nonexistent/net-conf.json",
+            "--kube-api-url=http://127.0.0.1:1",
+        ])
         .env_clear()
         .output()
         .unwrap();

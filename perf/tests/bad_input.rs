@@ -11,14 +11,12 @@
     reason = "a test asserts; what only has to work goes through `?`"
 )]
 
-#[expect(dead_code, reason = "it is made for more tests than this one")]
-#[path = "../../controlplane/tests/common/api.rs"]
-mod api;
+#[path = "common/kube.rs"]
+mod kube;
 
 use core::time::Duration;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
@@ -26,7 +24,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 
 use anyhow::{Context, Result};
-use api::Api;
 use ripstop_fib::map::{self, DATAPLANE_LOCK, FIB_FILE, STATS_FILE};
 use ripstop_fib::stats::Stats;
 use ripstop_fib::sync::Ordering;
@@ -179,10 +176,10 @@ fn a_wrong_configuration_is_refused() -> Result<()> {
             ),
             (
                 "unknown key",
-                json!({ "cpus": [1] }),
+                json!({ "processors": [1] }),
                 &[],
                 &[
-                    "unknown field `cpus`",
+                    "unknown field `processors`",
                     "expected one of",
                     "configs/dataplane/README.md",
                 ],
@@ -495,12 +492,8 @@ fn garbage_in_place_of_statistics_leads_to_the_standby() -> Result<()> {
 fn a_bad_node_of_the_cluster_is_named_and_disturbs_nobody() -> Result<()> {
     let _machine = machine();
     Lab::builder().ripstop(2).run(|lab| {
-        let address = (lab.fabric().address(), 0);
-        let listener = lab.fabric().netns().run(|| TcpListener::bind(address))?;
-        let api = Api::serve(listener.context("listen in the fabric")?);
-        let kubeconfig = lab.dir().join("kubeconfig");
-        fs::write(&kubeconfig, api.kubeconfig()).context("kubeconfig")?;
-        let kubeconfig = kubeconfig.to_str().context("path")?;
+        let (api, kubeconfig) = kube::serve(lab)?;
+        let kubeconfig = kubeconfig.as_str();
         for node in lab.nodes() {
             let subnet = node.lease().subnet.context("subnet")?;
             api.create(node.name(), &[&subnet], &json!({}));
@@ -635,13 +628,13 @@ fn a_control_plane_refuses_and_waits() -> Result<()> {
         run(node, "ip link set eth0 down")?;
         run(node, "ip link set eth0 name uplink0")?;
         node.start_controlplane()?;
-        logged("that matches --iface eth0: the interfaces are")?;
+        logged("provided: --iface eth0: the interfaces are")?;
         assert!(node.controlplane_is_running());
         run(node, "ip link set uplink0 name eth0")?;
         run(node, "ip link set eth0 up")?;
         wait_until("it works again", PATIENCE, || {
             let log = node.controlplane_log();
-            log.rfind("works again part=\"underlay\"") > log.rfind("that matches --iface")
+            log.rfind("works again part=\"underlay\"") > log.rfind("provided: --iface")
         })?;
         Ok(())
     })

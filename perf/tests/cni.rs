@@ -13,9 +13,8 @@
     reason = "a test asserts; what only has to work goes through `?`"
 )]
 
-#[expect(dead_code, reason = "it is made for more tests than this one")]
-#[path = "../../controlplane/tests/common/api.rs"]
-mod api;
+#[path = "common/kube.rs"]
+mod kube;
 
 use core::net::SocketAddr;
 use core::time::Duration;
@@ -28,7 +27,7 @@ use std::process::Stdio;
 use std::thread::sleep;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use api::Api;
+use kube::api::Api;
 use ripstop_perf::{Host, Lab, Node, Ping, Pod, TrafficGroup, UdpFlow, wait_until};
 use serde_json::{Value, json};
 
@@ -254,10 +253,7 @@ fn addresses(result: &Value) -> Vec<String> {
 /// Two Ripstop nodes of a cluster, without pods: what the lab has made of them is taken away.
 fn cluster(test: impl FnOnce(&Lab, &Api, [Runtime<'_>; 2]) -> Result<()>) -> Result<()> {
     Lab::builder().ripstop(2).pods(2).run(|lab| {
-        let address = (lab.fabric().address(), 0);
-        let listener = lab.fabric().netns().run(|| TcpListener::bind(address))?;
-        let api = Api::serve(listener.context("listen in the fabric")?);
-        fs::write(kubeconfig(lab), api.kubeconfig()).context("kubeconfig")?;
+        let (api, _kubeconfig) = kube::serve(lab)?;
         for node in lab.nodes() {
             let subnet = node.lease().subnet.context("subnet")?;
             api.create(node.name(), &[&subnet], &json!({}));

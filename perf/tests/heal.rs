@@ -15,20 +15,16 @@
 )]
 #![expect(clippy::print_stdout, reason = "how long each took is worth reading")]
 
-#[expect(dead_code, reason = "it is made for more tests than this one")]
-#[path = "../../controlplane/tests/common/api.rs"]
-mod api;
+#[path = "common/kube.rs"]
+mod kube;
 
 use core::time::Duration;
 use std::collections::BTreeSet;
-use std::fs;
-use std::net::TcpListener;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
-use api::Api;
 use ripstop_perf::{
     Backend, Fabric, Families, Family, Host, Lab, Lease, Mark, Node, Ping, TrafficGroup, UdpFlow,
     address, wait_until,
@@ -648,12 +644,8 @@ fn peers_that_left_while_nobody_looked_are_forgotten() -> Result<()> {
 fn a_node_that_gets_another_address_is_followed() -> Result<()> {
     let _machine = machine();
     Lab::builder().ripstop(2).run(|lab| {
-        let address = (lab.fabric().address(), 0);
-        let listener = lab.fabric().netns().run(|| TcpListener::bind(address))?;
-        let api = Api::serve(listener.context("listen in the fabric")?);
-        let kubeconfig = lab.dir().join("kubeconfig");
-        fs::write(&kubeconfig, api.kubeconfig()).context("kubeconfig")?;
-        let kubeconfig = kubeconfig.to_str().context("path")?;
+        let (api, kubeconfig) = kube::serve(lab)?;
+        let kubeconfig = kubeconfig.as_str();
         for node in lab.nodes() {
             let subnet = node.lease().subnet.context("subnet")?;
             api.create(node.name(), &[&subnet], &json!({}));

@@ -15,19 +15,17 @@
 )]
 #![expect(clippy::print_stdout, reason = "what each step cost is worth reading")]
 
-#[expect(dead_code, reason = "it is made for more tests than this one")]
-#[path = "../../controlplane/tests/common/api.rs"]
-mod api;
+#[path = "common/kube.rs"]
+mod kube;
 
 use core::time::Duration;
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::TcpListener;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use api::Api;
+use kube::api::Api;
 use ripstop_perf::{
     DETOUR_TABLE, Families, Family, Host, Injector, Inner, Lab, Mark, Node, TrafficGroup, UdpFlow,
     address, wait_until,
@@ -372,12 +370,8 @@ fn there_and_back(families: Families) -> Result<()> {
     let _machine = machine();
     let lab = Lab::builder().linux(2).ripstop(1).families(families);
     lab.run(|lab| {
-        let address = (lab.fabric().address(), 0);
-        let listener = lab.fabric().netns().run(|| TcpListener::bind(address))?;
-        let api = Api::serve(listener.context("listen in the fabric")?);
-        let kubeconfig = lab.dir().join("kubeconfig");
-        fs::write(&kubeconfig, api.kubeconfig()).context("kubeconfig")?;
-        let kubeconfig = kubeconfig.to_str().context("path")?;
+        let (api, kubeconfig) = kube::serve(lab)?;
+        let kubeconfig = kubeconfig.as_str();
         let flags = [
             "--kube-subnet-mgr",
             "--kubeconfig-file",
@@ -566,12 +560,8 @@ fn from_flannel_and_back_twice_with_both_families() -> Result<()> {
 fn the_mac_address_is_kept_with_any_prefix() -> Result<()> {
     let _machine = machine();
     Lab::builder().ripstop(1).run(|lab| {
-        let address = (lab.fabric().address(), 0);
-        let listener = lab.fabric().netns().run(|| TcpListener::bind(address))?;
-        let api = Api::serve(listener.context("listen in the fabric")?);
-        let kubeconfig = lab.dir().join("kubeconfig");
-        fs::write(&kubeconfig, api.kubeconfig()).context("kubeconfig")?;
-        let kubeconfig = kubeconfig.to_str().context("path")?;
+        let (api, kubeconfig) = kube::serve(lab)?;
+        let kubeconfig = kubeconfig.as_str();
         let node = lab.node(1);
         api.create("n1", &["10.244.1.0/24"], &json!({}));
         let mut known = None;
