@@ -557,7 +557,7 @@ fn a_change_of_the_network_configuration_is_said() {
     rig.etcd.put(CONFIG, &V4.replace("vxlan", "host-gw"));
     source.problem("has changed: restart");
     rig.etcd.put(CONFIG, "{");
-    source.problem("does not start again with this");
+    source.problem("goes on with what it was");
     rig.etcd.delete(CONFIG);
     source.problem("is gone from etcd");
     // Another form of the same is no change.

@@ -139,9 +139,7 @@ pub fn wait_for_config(
         if start.elapsed() >= PATIENCE
             && let Some(config) = kept.take().and_then(|kept| kept.read())
         {
-            tracing::warn!(
-                "etcd does not answer: the network configuration is the last one that it had"
-            );
+            tracing::warn!("etcd gives no network configuration: the last one that it had is used");
             return Ok(Some(config));
         }
         wait_readable([wake.as_fd(), signals.as_fd()], LOOK);
@@ -472,7 +470,7 @@ impl Keeper {
         let key = self.settings.access.keys.config();
         let Some(bytes) = bytes else {
             return Some(format!(
-                "{key} is gone from etcd: put it back; this node goes on with what it was, and does not start again without"
+                "{key} is gone from etcd: put it back; this node goes on with what it was"
             ));
         };
         match Config::parse(bytes) {
@@ -481,7 +479,7 @@ impl Keeper {
                 "{key} has changed: restart this node's control plane to use it"
             )),
             Err(error) => Some(format!(
-                "{key} has changed: {error}; this node goes on with what it was, and does not start again with this"
+                "{key} has changed: {error}; this node goes on with what it was"
             )),
         }
     }
