@@ -8,7 +8,10 @@ use std::path::Path;
 
 /// Replaces a file, or makes it: written as `.<name>.tmp*` beside it, brought to the disk, renamed. The mode is exactly
 /// the one given, whatever the umask. Nothing is left behind by a failure.
-pub(crate) fn write_atomic(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+///
+/// # Errors
+/// What the system says: no such directory, no right to write there, a full disk.
+pub fn write_atomic(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let Some(name) = path.file_name() else {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -30,7 +33,10 @@ pub(crate) fn write_atomic(path: &Path, content: &[u8], mode: u32) -> io::Result
 }
 
 /// Makes a directory with exactly this mode, and those above it; one that is there keeps its mode.
-pub(crate) fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
+///
+/// # Errors
+/// What the system says.
+pub fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
@@ -39,7 +45,7 @@ pub(crate) fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
 }
 
 /// The directory that a file is in.
-pub(crate) fn parent(path: &Path) -> &Path {
+pub fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         Some(_) | None => Path::new("."),

@@ -13,7 +13,7 @@
 pub mod config;
 mod delegate;
 pub mod error;
-mod file;
+pub mod file;
 mod go_json;
 pub mod install_conf;
 pub mod plugin;

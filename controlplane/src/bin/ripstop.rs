@@ -2,11 +2,12 @@
 
 use core::time::Duration;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use ripstop_cni::file::write_atomic;
 use ripstop_controlplane::cleanup::cleanup;
 use ripstop_controlplane::health::metrics::Scraper;
 use ripstop_controlplane::report::{Drops, Leases, Status};
@@ -105,7 +106,8 @@ fn run(flags: &Flags) -> anyhow::Result<(String, bool)> {
             match output {
                 None => (text, true),
                 Some(path) => {
-                    write_whole(path, &text)
+                    // Nobody ever reads half of it.
+                    write_atomic(path, text.as_bytes(), 0o644)
                         .with_context(|| format!("write {}", path.display()))?;
                     (String::new(), true)
                 }
@@ -116,16 +118,6 @@ fn run(flags: &Flags) -> anyhow::Result<(String, bool)> {
             (shown(flags.json, &done)?, done.left.is_empty())
         }
     })
-}
-
-/// Nobody ever reads half of it.
-fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    // Not a name that the collector would read.
-    name.push(format!(".{}", std::process::id()));
-    let temporary = path.with_file_name(name);
-    std::fs::write(&temporary, text)?;
-    std::fs::rename(temporary, path)
 }
 
 fn shown(json: bool, report: &(impl Serialize + core::fmt::Display)) -> anyhow::Result<String> {

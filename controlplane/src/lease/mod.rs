@@ -16,6 +16,8 @@ pub mod kept;
 mod kernel;
 #[cfg(feature = "clusters")]
 pub mod kube;
+#[cfg(feature = "clusters")]
+mod told;
 
 use core::net::IpAddr;
 use std::sync::Arc;

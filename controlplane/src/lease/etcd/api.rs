@@ -265,6 +265,16 @@ pub(super) enum Write {
     Delete { name: String, changed: i64 },
 }
 
+impl core::fmt::Display for Write {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Create { name, value, .. } => write!(f, "make {name} with {value}"),
+            Self::Update { name, value, .. } => write!(f, "change {name} to {value}"),
+            Self::Delete { name, .. } => write!(f, "delete {name}"),
+        }
+    }
+}
+
 /// How a write ended that did not fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {

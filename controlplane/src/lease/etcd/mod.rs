@@ -37,6 +37,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ipnet::IpNet;
+use ripstop_cni::file::{make_dir, parent, write_atomic};
 use ripstop_cni::subnet_env::SubnetEnv;
 use tokio::sync::mpsc;
 
@@ -46,10 +47,11 @@ use self::plan::{Entries, Entry, Held, Standing, Us};
 use self::schema::{Attributes, Record, Subnets, key_name, parse_key_name};
 use self::view::{Own, View};
 use super::backoff::{Backoff, random, random_mac};
-use super::claims::name_skipped;
+use super::claims::{leave_macs, name_skipped};
 use super::kernel::Kernel;
-use super::{Lease, LeaseEvent, LeaseSet, LeaseSink, LeaseSource};
-use crate::family::{Family, PerFamily};
+use super::told::{Told, gather, runtime};
+use super::{Lease, LeaseEvent, LeaseSink, LeaseSource};
+use crate::family::PerFamily;
 use crate::interface::Selection;
 use crate::mac::Mac;
 use crate::netconf::{NetConf, NetConfError, Pool};
@@ -63,8 +65,6 @@ pub const SILENT: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How often the kernel is asked for our addresses.
 const LOOK: Duration = Duration::from_secs(1);
-/// Changes come in bursts; a burst is answered once.
-const COALESCE: Duration = Duration::from_millis(10);
 /// News that may wait while one is worked on.
 const BACKLOG: usize = 256;
 /// What was written is back by the watch in milliseconds; until then nothing is decided.
@@ -89,12 +89,6 @@ impl Config {
         let (conf, pools) = NetConf::parse_with_pools(bytes)?;
         Ok(Self { conf, pools })
     }
-}
-
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
 }
 
 /// Waits for the network configuration in etcd, for as long as it takes. None if a signal came before. What was found is
@@ -163,14 +157,9 @@ impl KeptConfig {
     }
 
     fn write(&self, value: &[u8]) -> std::io::Result<()> {
-        if let Some(directory) = self.path.parent() {
-            std::fs::create_dir_all(directory)?;
-        }
-        let temporary = self
-            .path
-            .with_extension(format!("{}.part", std::process::id()));
-        std::fs::write(&temporary, [self.key.as_bytes(), b"\n", value].concat())?;
-        std::fs::rename(temporary, &self.path)
+        make_dir(parent(&self.path), 0o755)?;
+        let content = [self.key.as_bytes(), b"\n", value].concat();
+        write_atomic(&self.path, &content, 0o644)
     }
 
     /// Nothing if there is none, or one of another key.
@@ -265,16 +254,8 @@ impl EtcdSource {
         let mut keeper = Keeper::new(self.settings, out);
         let mut listening = true;
         while listening {
-            let mut seen = Instant::now();
             let wait = keeper.wait();
-            if let Ok(Some(first)) = tokio::time::timeout(wait, news.recv()).await {
-                seen = Instant::now();
-                keeper.take(first);
-                tokio::time::sleep(COALESCE).await;
-                while let Ok(more) = news.try_recv() {
-                    keeper.take(more);
-                }
-            }
+            let seen = gather(&mut news, wait, |news| keeper.take(news)).await;
             listening = keeper.round(sink, seen);
         }
     }
@@ -325,15 +306,13 @@ struct Keeper {
     previous: Vec<Subnets>,
     lost: Option<Lost>,
     named: BTreeMap<Arc<str>, String>,
-    sent: Option<Arc<LeaseSet>>,
     /// Our own leases as last found.
     own: PerFamily<Option<Lease>>,
     api_problem: Option<String>,
     own_problem: Option<String>,
     write_problem: Option<String>,
     config_problem: Option<String>,
-    /// What the loop was told.
-    told: Option<String>,
+    told: Told,
     /// What could not be made because something is in its way, and how often in a row.
     refused: Option<(Subnets, u32)>,
     /// Something is on its way.
@@ -370,13 +349,12 @@ impl Keeper {
             previous: before.into_iter().collect(),
             lost: None,
             named: BTreeMap::new(),
-            sent: None,
             own: PerFamily::default(),
             api_problem: None,
             own_problem: None,
             write_problem: None,
             config_problem: None,
-            told: None,
+            told: Told::default(),
             refused: None,
             writing: None,
             echo: None,
@@ -721,17 +699,7 @@ impl Keeper {
         self.own.clone_from(&own.leases);
         let conf = &self.settings.config.conf;
         let mut view = View::of(entries, own, conf, others.clone());
-        if view.own_mac_taken != PerFamily::default() {
-            for family in Family::ALL {
-                if let (true, Some(lease)) =
-                    (*view.own_mac_taken.get(family), own.leases.get_mut(family))
-                {
-                    let mac = random_mac();
-                    tracing::warn!(%family, taken = ?lease.vtep_mac, %mac, "an older lease has our VTEP MAC address: taking another");
-                    lease.vtep_mac = Some(mac);
-                    *self.macs.get_mut(family) = Some(mac);
-                }
-            }
+        if leave_macs(view.own_mac_taken, &mut own.leases, &mut self.macs) {
             view = View::of(entries, own, conf, others);
             self.own.clone_from(&own.leases);
         }
@@ -745,14 +713,7 @@ impl Keeper {
             return (true, Some(older));
         }
         let set = view.into_set(own.leases.clone());
-        if self.sent.as_deref() == Some(&set) {
-            return (true, None);
-        }
-        let leases = Arc::new(set);
-        self.sent = Some(Arc::clone(&leases));
-        // A set is also the word that all is well.
-        self.told = None;
-        (sink.send(LeaseEvent::Set { leases, seen }), None)
+        (self.told.set(set, seen, sink), None)
     }
 
     /// An older lease overlaps ours: peers have decided for it, and so do we.
@@ -795,7 +756,7 @@ impl Keeper {
     fn look_for_lost(&mut self) {
         let Some(lost) = &self.lost else { return };
         // The tunnel device gets its new address when the loop has the new set.
-        let is_settled = self.held.is_some() && self.sent.is_some();
+        let is_settled = self.held.is_some() && self.told.has_set();
         let addresses = self.kernel.all_addresses().unwrap_or_default();
         let is_here = addresses
             .iter()
@@ -815,7 +776,7 @@ impl Keeper {
         ))
     }
 
-    /// Tells what is wrong, if that is another thing than before.
+    /// Tells what is wrong.
     fn tell_problem(&mut self, sink: &LeaseSink) -> bool {
         let lost = self.lost_problem();
         let problems = [
@@ -826,16 +787,7 @@ impl Keeper {
             &self.config_problem,
             &lost,
         ];
-        let problems: Vec<&str> = problems.into_iter().filter_map(Option::as_deref).collect();
-        let problem = (!problems.is_empty()).then(|| problems.join("; "));
-        if problem == self.told {
-            return true;
-        }
-        self.told.clone_from(&problem);
-        sink.send(match problem {
-            Some(problem) => LeaseEvent::Failed(problem),
-            None => LeaseEvent::Recovered,
-        })
+        self.told.problems(&problems, sink)
     }
 
     /// Sends a write, if none is on its way and it is time.
@@ -848,7 +800,7 @@ impl Keeper {
         }
         // Once for a row of failures.
         if self.backoff.failures() == 0 {
-            tracing::info!(?write, "own lease");
+            tracing::info!("own lease: {write}");
         }
         self.writing = Some(write.clone());
         let (keys, out) = (self.settings.access.keys.clone(), self.out.clone());

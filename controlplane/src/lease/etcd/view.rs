@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::plan::{Entries, Entry};
 use super::schema::{Record, Subnets};
 use crate::family::{Family, PerFamily};
-use crate::lease::claims::{Conflict, Taken};
+use crate::lease::claims::{Conflict, add_problem, settle};
 use crate::lease::kube::annotations;
 use crate::lease::{Lease, LeaseSet};
 use crate::netconf::NetConf;
@@ -91,44 +91,16 @@ impl View {
                 (created, name, lease.family()).cmp(&(other_created, other_name, other.family()))
             },
         );
-        let mut taken = Taken::default();
-        for (_, name, lease) in claims {
-            let is_own = *name == own.name;
-            match taken.conflict(&lease) {
-                None => {
-                    taken.insert(&lease);
-                    if !is_own {
-                        view.peers.push(lease);
-                    }
-                }
-                Some(Conflict::Mac(_)) if is_own => {
-                    *view.own_mac_taken.get_mut(lease.family()) = true;
-                }
-                Some(Conflict::Subnet(older, _)) if is_own => view.own_subnet_taken = Some(older),
-                Some(conflict) => view.skip(name, &lease, &conflict),
-            }
+        let claims = claims.into_iter();
+        let claims = claims.map(|(_, name, lease)| (Arc::clone(name), lease));
+        let settled = settle(claims, |name| *name == own.name);
+        view.peers = settled.peers;
+        view.own_mac_taken = settled.own_mac_taken;
+        view.own_subnet_taken = settled.own_subnet_taken.map(|(older, ..)| older);
+        for (name, lease, conflict) in settled.refused {
+            add_problem(&mut view.skipped, &name, &refusal(&lease, &conflict));
         }
-        view.peers
-            .sort_unstable_by_key(|lease| (lease.subnet.network(), lease.subnet.prefix_len()));
         view
-    }
-
-    fn skip(&mut self, name: &Arc<str>, lease: &Lease, conflict: &Conflict) {
-        let text = match conflict {
-            Conflict::Mac(older) => format!(
-                "has the same VtepMAC {} as the older lease of {older}, which keeps it: delete this key, and restart flannel on {}",
-                lease.vtep_mac.unwrap_or_default(),
-                lease.public_ip
-            ),
-            Conflict::Subnet(older, subnet) => format!(
-                "overlaps {subnet} of {older}, which is older and keeps it: delete the key that is wrong"
-            ),
-        };
-        let problem = self.skipped.entry(Arc::clone(name)).or_default();
-        if !problem.is_empty() {
-            problem.push_str("; ");
-        }
-        problem.push_str(&text);
     }
 
     /// The set, with our own leases.
@@ -137,6 +109,20 @@ impl View {
             own,
             peers: self.peers,
         }
+    }
+}
+
+/// What stands against a lease, and what to do.
+fn refusal(lease: &Lease, conflict: &Conflict) -> String {
+    match conflict {
+        Conflict::Mac(older) => format!(
+            "has the same VtepMAC {} as the older lease of {older}, which keeps it: delete this key, and restart flannel on {}",
+            lease.vtep_mac.unwrap_or_default(),
+            lease.public_ip
+        ),
+        Conflict::Subnet(older, subnet) => format!(
+            "overlaps {subnet} of {older}, which is older and keeps it: delete the key that is wrong"
+        ),
     }
 }
 

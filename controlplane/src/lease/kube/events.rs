@@ -12,9 +12,10 @@ use kube::{Client, Config};
 use serde_json::json;
 use tokio::time::timeout;
 
-use super::{KubeError, runtime};
+use super::KubeError;
 use crate::health::watch::{News, Reason, Watcher};
 use crate::health::{Health, Outcome};
+use crate::lease::told::runtime;
 
 /// Node Events are in this namespace, whoever writes them.
 const NAMESPACE: &str = "default";

@@ -38,9 +38,10 @@ use self::api::{Api, ApiError, News};
 use self::node::{NETWORK_UNAVAILABLE, Node};
 use self::view::{Own, View};
 use super::backoff::{Backoff, random_mac};
-use super::claims::name_skipped;
+use super::claims::{leave_macs, name_skipped};
 use super::kernel::Kernel;
-use super::{Lease, LeaseEvent, LeaseSet, LeaseSink, LeaseSource};
+use super::told::{Told, gather, runtime};
+use super::{Lease, LeaseEvent, LeaseSink, LeaseSource};
 use crate::family::{Family, PerFamily};
 use crate::interface::Selection;
 use crate::mac::Mac;
@@ -53,8 +54,6 @@ use crate::sys::wait_readable;
 const LOOK: Duration = Duration::from_secs(1);
 /// The kernel is asked for our addresses this often, in case an announcement was lost.
 pub const RECHECK: Duration = Duration::from_secs(5);
-/// Changes come in bursts; a burst is answered once.
-const COALESCE: Duration = Duration::from_millis(10);
 /// News that may wait while one is worked on.
 const BACKLOG: usize = 256;
 /// What was written is back by the watch in milliseconds; until then it is not written again.
@@ -163,12 +162,6 @@ impl Server {
     }
 }
 
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-}
-
 /// The node that this pod is on. Tries for `patience`, as the API server may be on its way up.
 pub fn node_of_pod(
     server: &Server,
@@ -256,15 +249,7 @@ impl KubeSource {
         let mut keeper = Keeper::new(settings, api, out);
         let mut listening = true;
         while listening {
-            let mut seen = Instant::now();
-            if let Ok(Some(first)) = tokio::time::timeout(LOOK, news.recv()).await {
-                seen = Instant::now();
-                keeper.take(first);
-                tokio::time::sleep(COALESCE).await;
-                while let Ok(more) = news.try_recv() {
-                    keeper.take(more);
-                }
-            }
+            let seen = gather(&mut news, LOOK, |news| keeper.take(news)).await;
             listening = keeper.round(sink, seen);
         }
         Ok(())
@@ -339,7 +324,6 @@ struct Keeper {
     changed: bool,
     macs: PerFamily<Option<Mac>>,
     named: BTreeMap<Arc<str>, String>,
-    sent: Option<Arc<LeaseSet>>,
     /// Our own leases as last found.
     own: PerFamily<Option<Lease>>,
     api_problem: Option<String>,
@@ -347,8 +331,7 @@ struct Keeper {
     distrust: bool,
     own_problem: Option<String>,
     write_problem: Option<String>,
-    /// What the loop was told.
-    told: Option<String>,
+    told: Told,
     /// On its way, if anything is.
     writing: Option<Write>,
     backoff: Backoff,
@@ -369,13 +352,12 @@ impl Keeper {
             changed: false,
             macs: PerFamily::default(),
             named: BTreeMap::new(),
-            sent: None,
             own: PerFamily::default(),
             api_problem: None,
             distrust: false,
             own_problem: None,
             write_problem: None,
-            told: None,
+            told: Told::default(),
             writing: None,
             backoff: Backoff::default(),
             write_after: Instant::now(),
@@ -443,7 +425,8 @@ impl Keeper {
                 }
             }
         }
-        listening && self.tell_problem(sink)
+        let problems = [&self.api_problem, &self.own_problem, &self.write_problem];
+        listening && self.told.problems(&problems, sink)
     }
 
     /// Connections from an address that is not ours any more hear nothing until they lose patience: new ones are made.
@@ -569,17 +552,7 @@ impl Keeper {
             )
         };
         let mut view = look(&own);
-        if view.own_mac_taken != PerFamily::default() {
-            for family in Family::ALL {
-                if let (true, Some(lease)) =
-                    (*view.own_mac_taken.get(family), own.leases.get_mut(family))
-                {
-                    let mac = random_mac();
-                    tracing::warn!(%family, taken = ?lease.vtep_mac, %mac, "an older node has our VTEP MAC address: taking another");
-                    lease.vtep_mac = Some(mac);
-                    *self.macs.get_mut(family) = Some(mac);
-                }
-            }
+        if leave_macs(view.own_mac_taken, &mut own.leases, &mut self.macs) {
             view = look(&own);
             self.own.clone_from(&own.leases);
         }
@@ -588,30 +561,7 @@ impl Keeper {
             self.own_problem = Some(problem);
             return true;
         }
-        let set = view.into_set(own.leases);
-        if self.sent.as_deref() == Some(&set) {
-            return true;
-        }
-        let leases = Arc::new(set);
-        self.sent = Some(Arc::clone(&leases));
-        // A set is also the word that all is well.
-        self.told = None;
-        sink.send(LeaseEvent::Set { leases, seen })
-    }
-
-    /// Tells what is wrong, if that is another thing than before.
-    fn tell_problem(&mut self, sink: &LeaseSink) -> bool {
-        let problems = [&self.api_problem, &self.own_problem, &self.write_problem];
-        let problems: Vec<&str> = problems.into_iter().filter_map(Option::as_deref).collect();
-        let problem = (!problems.is_empty()).then(|| problems.join("; "));
-        if problem == self.told {
-            return true;
-        }
-        self.told.clone_from(&problem);
-        sink.send(match problem {
-            Some(problem) => LeaseEvent::Failed(problem),
-            None => LeaseEvent::Recovered,
-        })
+        self.told.set(view.into_set(own.leases), seen, sink)
     }
 
     /// Sends the next patch that is due.

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use super::annotations::{self, Key, Prefix};
 use super::node::Node;
 use crate::family::{Family, PerFamily};
-use crate::lease::claims::{Conflict, Taken};
+use crate::lease::claims::{Conflict, add_problem, settle};
 use crate::lease::{Lease, LeaseSet};
 use crate::netconf::NetConf;
 
@@ -131,49 +131,21 @@ impl View {
                 other.family(),
             ))
         });
-        let mut taken = Taken::default();
-        for (_, lease) in claims {
-            let conflict = taken.conflict(&lease);
-            match (conflict, lease.node == own.node) {
-                (None, is_own) => {
-                    taken.insert(&lease);
-                    if !is_own {
-                        view.peers.push(lease);
-                    }
-                }
-                (Some(Conflict::Mac(_)), true) => {
-                    *view.own_mac_taken.get_mut(lease.family()) = true;
-                }
-                (Some(Conflict::Subnet(older, subnet)), true) => {
-                    view.own_subnet_taken = Some(format!(
-                        "PodCIDR {} of this node {:?} overlaps {subnet} of the older node {older:?}, which keeps it: delete the one that is wrong",
-                        lease.subnet, lease.node
-                    ));
-                }
-                (Some(conflict), false) => view.skip(&lease, &conflict),
-            }
+        let claims = claims.into_iter();
+        let claims = claims.map(|(_, lease)| (Arc::clone(&lease.node), lease));
+        let settled = settle(claims, |node| *node == own.node);
+        view.peers = settled.peers;
+        view.own_mac_taken = settled.own_mac_taken;
+        view.own_subnet_taken = settled.own_subnet_taken.map(|(older, theirs, ours)| {
+            format!(
+                "PodCIDR {ours} of this node {:?} overlaps {theirs} of the older node {older:?}, which keeps it: delete the one that is wrong",
+                own.node
+            )
+        });
+        for (node, lease, conflict) in settled.refused {
+            add_problem(&mut view.skipped, &node, &refusal(&lease, &conflict));
         }
-        view.peers
-            .sort_unstable_by_key(|lease| (lease.subnet.network(), lease.subnet.prefix_len()));
         view
-    }
-
-    fn skip(&mut self, lease: &Lease, conflict: &Conflict) {
-        let text = match conflict {
-            Conflict::Mac(older) => format!(
-                "has the same VtepMAC {} as the older node {older:?}, which keeps it: remove flannel's annotations from the newer and restart its flannel",
-                lease.vtep_mac.unwrap_or_default()
-            ),
-            Conflict::Subnet(older, subnet) => format!(
-                "has the PodCIDR {}, which overlaps {subnet} of the older node {older:?}, which keeps it: delete the Node object that is wrong",
-                lease.subnet
-            ),
-        };
-        let problem = self.skipped.entry(Arc::clone(&lease.node)).or_default();
-        if !problem.is_empty() {
-            problem.push_str("; ");
-        }
-        problem.push_str(&text);
     }
 
     /// The set, with our own leases.
@@ -182,6 +154,20 @@ impl View {
             own,
             peers: self.peers,
         }
+    }
+}
+
+/// What stands against a node's lease, and what to do.
+fn refusal(lease: &Lease, conflict: &Conflict) -> String {
+    match conflict {
+        Conflict::Mac(older) => format!(
+            "has the same VtepMAC {} as the older node {older:?}, which keeps it: remove flannel's annotations from the newer and restart its flannel",
+            lease.vtep_mac.unwrap_or_default()
+        ),
+        Conflict::Subnet(older, subnet) => format!(
+            "has the PodCIDR {}, which overlaps {subnet} of the older node {older:?}, which keeps it: delete the Node object that is wrong",
+            lease.subnet
+        ),
     }
 }
 
