@@ -145,15 +145,10 @@ enum Source {
 }
 
 impl Flags {
-    fn given_lease_file(&self) -> Option<&PathBuf> {
-        let given = self.lease_file.as_ref();
-        given.filter(|path| !path.as_os_str().is_empty())
-    }
-
     /// Leases come from one place.
     fn check_source(&self) -> Result<(), String> {
         let kube = self.kube_subnet_mgr.then_some("--kube-subnet-mgr");
-        match (self.given_lease_file(), kube.or(self.etcd.given())) {
+        match (&self.lease_file, kube.or(self.etcd.given())) {
             (Some(_), Some(other)) => Err(format!(
                 "--lease-file and {other} (or their FLANNELD_ variables) name two sources of leases: remove one of them"
             )),
@@ -170,7 +165,7 @@ impl Flags {
             return Ok(Source::Kube(Box::new(Kube::new(self)?)));
         }
         let usual = || PathBuf::from(LEASE_FILE);
-        match (self.given_lease_file(), self.etcd.given()) {
+        match (&self.lease_file, self.etcd.given()) {
             (Some(path), _) => Ok(Source::File(path.clone())),
             (None, None) if usual().exists() => Ok(Source::File(usual())),
             (None, _) => {

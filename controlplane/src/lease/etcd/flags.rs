@@ -60,19 +60,14 @@ impl EtcdFlags {
             ("--etcd-username", &self.etcd_username),
             ("--etcd-password", &self.etcd_password),
         ];
-        let given = |(name, value): (&'static str, &Option<String>)| {
-            value
-                .as_ref()
-                .is_some_and(|value| !value.is_empty())
-                .then_some(name)
-        };
-        flags.into_iter().find_map(given)
+        let mut given = flags.into_iter().filter(|(_, value)| value.is_some());
+        given.next().map(|(name, _)| name)
     }
 
     /// What they say, and what is odd about it.
     pub fn access(&self) -> (Access, Vec<String>) {
-        let text = |flag: &Option<String>| flag.clone().filter(|text| !text.is_empty());
-        let endpoints = text(&self.etcd_endpoints).unwrap_or_else(|| DEFAULT_ENDPOINTS.to_owned());
+        let endpoints = self.etcd_endpoints.clone();
+        let endpoints = endpoints.unwrap_or_else(|| DEFAULT_ENDPOINTS.to_owned());
         let mut parts: Vec<String> = endpoints
             .split(',')
             .map(|endpoint| endpoint.trim().to_owned())
@@ -83,9 +78,8 @@ impl EtcdFlags {
             parts.push(endpoints);
         }
         let endpoints = parts;
-        let (key, certificate) = (text(&self.etcd_keyfile), text(&self.etcd_certfile));
         let mut odd = Vec::new();
-        let identity = match (certificate, key) {
+        let identity = match (&self.etcd_certfile, &self.etcd_keyfile) {
             (Some(certificate), Some(key)) => {
                 Some((PathBuf::from(certificate), PathBuf::from(key)))
             }
@@ -99,7 +93,7 @@ impl EtcdFlags {
                 None
             }
         };
-        let ca = text(&self.etcd_cafile).map(PathBuf::from);
+        let ca = self.etcd_cafile.as_ref().map(PathBuf::from);
         let is_plain = |endpoint: &String| {
             endpoint.starts_with("http://")
                 || (identity.is_none() && !endpoint.starts_with("https://"))
@@ -115,11 +109,11 @@ impl EtcdFlags {
                 plain.join(", ")
             ));
         }
-        let user = text(&self.etcd_username)
-            .map(|name| (name, text(&self.etcd_password).unwrap_or_default()));
+        let user = self.etcd_username.clone();
+        let user = user.map(|name| (name, self.etcd_password.clone().unwrap_or_default()));
         let access = Access {
             endpoints,
-            keys: Keys::new(&text(&self.etcd_prefix).unwrap_or_else(|| DEFAULT_PREFIX.to_owned())),
+            keys: Keys::new(self.etcd_prefix.as_deref().unwrap_or(DEFAULT_PREFIX)),
             user,
             identity,
             ca,
