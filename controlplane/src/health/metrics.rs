@@ -269,7 +269,8 @@ impl Scraper {
             &[env!("CARGO_PKG_VERSION"), abi.as_str()],
             1.0,
         );
-        self.add_processes(&mut out);
+        let sample = report::read_stats(&self.run_dir).ok().flatten();
+        self.add_processes(&mut out, sample.as_ref());
         self.read_fib();
         let fib = self.fib.clone().unwrap_or_default();
         add_fib(&mut out, &fib);
@@ -283,8 +284,8 @@ impl Scraper {
             Some(health) => add_health(&mut out, &health, peers),
             None => self.add_from_outside(&mut out, peers),
         }
-        if let Ok(Some(sample)) = report::read_stats(&self.run_dir) {
-            add_sample(&mut out, &sample);
+        if let Some(sample) = &sample {
+            add_sample(&mut out, sample);
         }
         self.read_rules();
         for (reason, packets) in &self.rules {
@@ -293,10 +294,12 @@ impl Scraper {
         Ok(out.text())
     }
 
-    fn add_processes(&self, out: &mut Exposition) {
-        let runs = |lock| lock_owner(&self.run_dir, lock).is_ok_and(|owner| owner.is_some());
-        let data_plane = report::read_stats(&self.run_dir).ok().flatten();
-        let data_plane = data_plane.map(|sample| {
+    fn runs(&self, lock: &str) -> bool {
+        lock_owner(&self.run_dir, lock).is_ok_and(|owner| owner.is_some())
+    }
+
+    fn add_processes(&self, out: &mut Exposition, sample: Option<&Sample>) {
+        let data_plane = sample.map(|sample| {
             let age = Duration::from_nanos(sample.now_ns.saturating_sub(sample.started_ns));
             unix_seconds() - age.as_secs_f64()
         });
@@ -307,10 +310,10 @@ impl Scraper {
         for (process, up, started) in [
             (
                 "controlplane",
-                self.health.is_some() || runs(CONTROLPLANE_LOCK),
+                self.health.is_some() || self.runs(CONTROLPLANE_LOCK),
                 control_plane,
             ),
-            ("dataplane", runs(DATAPLANE_LOCK), data_plane),
+            ("dataplane", self.runs(DATAPLANE_LOCK), data_plane),
         ] {
             out.add(Metric::ProcessUp, &[process], switch(up));
             if let Some(started) = started.filter(|started| up && *started > 0.0) {
@@ -363,7 +366,7 @@ impl Scraper {
             };
             add_path(out, active, routes, peers);
         }
-        let alive = lock_owner(&self.run_dir, CONTROLPLANE_LOCK).is_ok_and(|owner| owner.is_some());
+        let alive = self.runs(CONTROLPLANE_LOCK);
         for part in state
             .filter(|_| alive)
             .iter()
