@@ -31,54 +31,11 @@ const DEVIATIONS: [(&str, &str); 3] = [
     ),
 ];
 
-/// Masquerade and forward rules as `iptables-save` showed them, without counters.
-const RULES: &str = r#"*filter
-:INPUT ACCEPT
-:FORWARD ACCEPT
-:OUTPUT ACCEPT
-:FLANNEL-FWD -
--A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
--A FLANNEL-FWD -s 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
--A FLANNEL-FWD -d 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
-COMMIT
-*nat
-:PREROUTING ACCEPT
-:INPUT ACCEPT
-:OUTPUT ACCEPT
-:POSTROUTING ACCEPT
-:FLANNEL-POSTRTG -
--A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
--A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s 10.244.1.0/24 -d 10.244.0.0/16 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s 10.244.0.0/16 -d 10.244.1.0/24 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG ! -s 10.244.0.0/16 -d 10.244.1.0/24 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s 10.244.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
--A FLANNEL-POSTRTG ! -s 10.244.0.0/16 -d 10.244.0.0/16 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
-COMMIT
-"#;
+/// Masquerade and forward rules as `iptables-save` showed them.
+const RULES: &str = include_str!("recorded/iptables.txt");
 
 /// The same in nftables; two of the rules are ours, because flannel's do not mean what they do in iptables.
-const NFT_RULES: &str = "table ip flannel-ipv4 {
-	comment \"rules for flannel-ipv4\"
-	chain postrtg {
-		comment \"chain to manage traffic masquerading by flannel\"
-		type nat hook postrouting priority srcnat; policy accept;
-		meta mark & 0x00004000 == 0x00004000 return
-		ip saddr 10.244.1.0/24 ip daddr 10.244.0.0/16 return
-		ip saddr 10.244.0.0/16 ip daddr 10.244.1.0/24 return
-		ip saddr != 10.244.0.0/16 ip daddr 10.244.1.0/24 return
-		ip saddr 10.244.0.0/16 ip daddr != 224.0.0.0/4 masquerade fully-random
-		ip saddr != 10.244.0.0/16 ip daddr 10.244.0.0/16 masquerade fully-random
-	}
-
-	chain forward {
-		comment \"chain to accept flannel traffic\"
-		type filter hook forward priority filter; policy accept;
-		ip saddr 10.244.0.0/16 accept
-		ip daddr 10.244.0.0/16 accept
-	}
-}
-";
+const NFT_RULES: &str = include_str!("recorded/nftables.txt");
 
 /// What was recorded with one `net-conf.json`.
 struct Recorded {
@@ -421,7 +378,7 @@ fn is_as_recorded(recorded: &Recorded) {
         if dual || program == "iptables-save" {
             let shown = || {
                 let text = node.namespace.command(program, "");
-                sorted(&text.replace(" [", "\n#["))
+                sorted(&text)
             };
             wait(program, &shown, &sorted(text));
         }
@@ -434,6 +391,7 @@ fn is_as_recorded(recorded: &Recorded) {
 
 /// Lines of all tables, of which one may come before the other; without counters and comments.
 fn sorted(text: &str) -> String {
+    let text = text.replace(" [", "\n#[");
     let mut lines: Vec<&str> = text
         .lines()
         .map(str::trim)

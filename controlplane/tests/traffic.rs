@@ -21,53 +21,10 @@ use ripstop_controlplane::family::PerFamily;
 use ripstop_controlplane::traffic::{Keeper, Mode, Networks, Wanted};
 
 /// What flannel leaves, as `iptables-save` prints it.
-const IPTABLES: &str = r#"*filter
-:INPUT ACCEPT [0:0]
-:FORWARD ACCEPT [0:0]
-:OUTPUT ACCEPT [0:0]
-:FLANNEL-FWD - [0:0]
--A FORWARD -m comment --comment "flanneld forward" -j FLANNEL-FWD
--A FLANNEL-FWD -s 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
--A FLANNEL-FWD -d 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT
-COMMIT
-*nat
-:PREROUTING ACCEPT [0:0]
-:INPUT ACCEPT [0:0]
-:OUTPUT ACCEPT [0:0]
-:POSTROUTING ACCEPT [0:0]
-:FLANNEL-POSTRTG - [0:0]
--A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
--A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s 10.244.1.0/24 -d 10.244.0.0/16 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s 10.244.0.0/16 -d 10.244.1.0/24 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG ! -s 10.244.0.0/16 -d 10.244.1.0/24 -m comment --comment "flanneld masq" -j RETURN
--A FLANNEL-POSTRTG -s 10.244.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
--A FLANNEL-POSTRTG ! -s 10.244.0.0/16 -d 10.244.0.0/16 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
-COMMIT
-"#;
+const IPTABLES: &str = include_str!("recorded/iptables.txt");
 
 /// The same in nftables: flannel's table, but for the first rule's mask and the fourth rule (see `nft.rs`).
-const NFTABLES: &str = r#"table ip flannel-ipv4 {
-	comment "rules for flannel-ipv4"
-	chain postrtg {
-		comment "chain to manage traffic masquerading by flannel"
-		type nat hook postrouting priority srcnat; policy accept;
-		meta mark & 0x00004000 == 0x00004000 return
-		ip saddr 10.244.1.0/24 ip daddr 10.244.0.0/16 return
-		ip saddr 10.244.0.0/16 ip daddr 10.244.1.0/24 return
-		ip saddr != 10.244.0.0/16 ip daddr 10.244.1.0/24 return
-		ip saddr 10.244.0.0/16 ip daddr != 224.0.0.0/4 masquerade fully-random
-		ip saddr != 10.244.0.0/16 ip daddr 10.244.0.0/16 masquerade fully-random
-	}
-
-	chain forward {
-		comment "chain to accept flannel traffic"
-		type filter hook forward priority filter; policy accept;
-		ip saddr 10.244.0.0/16 accept
-		ip daddr 10.244.0.0/16 accept
-	}
-}
-"#;
+const NFTABLES: &str = include_str!("recorded/nftables.txt");
 
 /// Of an IPv4 text, the IPv6 one.
 fn six(text: &str) -> String {
