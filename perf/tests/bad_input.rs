@@ -20,7 +20,6 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 
 use anyhow::{Context, Result};
@@ -28,16 +27,12 @@ use ripstop_fib::map::{self, DATAPLANE_LOCK, FIB_FILE, STATS_FILE};
 use ripstop_fib::stats::Stats;
 use ripstop_fib::sync::Ordering;
 use ripstop_fib::{Publisher, Region};
-use ripstop_perf::{Host, Lab, Leases, Node, Ping, TrafficGroup, UdpFlow, wait_until};
+use ripstop_perf::{
+    Host, Lab, Leases, Node, Ping, TrafficGroup, UdpFlow, machine, run, wait_until,
+};
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Each test wants the machine's cores for itself.
-fn machine() -> MutexGuard<'static, ()> {
-    static MACHINE: Mutex<()> = Mutex::new(());
-    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Traffic both ways between n1 and n2, already flowing.
 fn steady(lab: &Lab) -> Result<TrafficGroup> {
@@ -109,11 +104,6 @@ fn refused(what: &str, command: &mut Command, parts: &[&str]) -> Result<()> {
 fn dataplane_refused(node: &Node, what: &str, wrapper: &[&str], parts: &[&str]) -> Result<()> {
     let limited = [&["timeout", "10"], wrapper].concat();
     refused(what, &mut node.dataplane_command(&limited)?, parts)
-}
-
-fn run(node: &Node, command: &str) -> Result<String> {
-    let argv: Vec<&str> = command.split_whitespace().collect();
-    node.output(&argv)
 }
 
 /// The links of a node, and the XDP programs on them.

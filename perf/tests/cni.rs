@@ -28,7 +28,7 @@ use std::thread::sleep;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use kube::api::Api;
-use ripstop_perf::{Host, Lab, Node, Ping, Pod, TrafficGroup, UdpFlow, wait_until};
+use ripstop_perf::{Host, Lab, Node, Ping, Pod, TrafficGroup, UdpFlow, run, wait_until};
 use serde_json::{Value, json};
 
 /// How long a wait may take on a machine that has much else to do.
@@ -237,11 +237,6 @@ fn programs() -> Result<PathBuf> {
     let this = env::current_exe().context("path of this program")?;
     let dir = this.ancestors().nth(2).context("target directory")?;
     Ok(dir.to_owned())
-}
-
-fn run(host: &dyn Host, command: &str) -> Result<String> {
-    let argv: Vec<&str> = command.split_whitespace().collect();
-    host.output(&argv)
 }
 
 fn addresses(result: &Value) -> Vec<String> {

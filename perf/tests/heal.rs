@@ -20,14 +20,13 @@ mod kube;
 
 use core::time::Duration;
 use std::collections::BTreeSet;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use ripstop_perf::{
     Backend, Fabric, Families, Family, Host, Lab, Lease, Mark, Node, Ping, TrafficGroup, UdpFlow,
-    address, wait_until,
+    address, machine, run, wait_until,
 };
 use serde_json::json;
 
@@ -41,17 +40,6 @@ const QUIET: Duration = Duration::from_millis(300);
 const RATE: u64 = 1000;
 /// How long the other path is watched.
 const WATCH: Duration = Duration::from_millis(300);
-
-/// Each test wants the machine's cores for itself.
-fn machine() -> MutexGuard<'static, ()> {
-    static MACHINE: Mutex<()> = Mutex::new(());
-    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn run(host: &dyn Host, command: &str) -> Result<()> {
-    let argv: Vec<&str> = command.split_whitespace().collect();
-    host.output(&argv).map(drop)
-}
 
 /// What some commands show of a node, without what differs from one look to the next: numbers of interfaces, counters
 /// of chains, times. Of what is not there, nothing.
@@ -189,7 +177,7 @@ impl<'a> Patient<'a> {
         let node = self.node;
         let hurt = || -> Result<()> {
             let mut commands = damage.iter();
-            commands.try_for_each(|command| run(node, command))
+            commands.try_for_each(|command| run(node, command).map(drop))
         };
         let start = self.traffic.mark();
         node.signal_controlplane(libc::SIGSTOP)?;
@@ -296,7 +284,11 @@ impl<'a> Patient<'a> {
         ] {
             run(node, "ip link set eth0 down")?;
             sleep(down);
-            let up = || commands.iter().try_for_each(|command| run(node, command));
+            let up = || {
+                commands
+                    .iter()
+                    .try_for_each(|command| run(node, command).map(drop))
+            };
             self.interrupt(what, up)?;
         }
         Ok(())

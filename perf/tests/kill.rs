@@ -14,7 +14,6 @@
 use core::time::Duration;
 use std::collections::BTreeSet;
 use std::fs;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::Instant;
 
@@ -22,7 +21,7 @@ use anyhow::{Context, Result, ensure};
 use ripstop_fib::stats::KernelCounter;
 use ripstop_perf::{
     DETOUR_TABLE, Host, Lab, LinkCounters, Mark, Node, NodeKind, Ping, TrafficGroup, UdpFlow,
-    Workers, address, wait_until,
+    Workers, address, machine, wait_until,
 };
 
 /// What is asked for, both ways together, and what it has to come to.
@@ -32,12 +31,6 @@ const RATE_MIN: u64 = 20_000;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// A packet that is not there after so long without any straggler is lost.
 const QUIET: Duration = Duration::from_millis(300);
-
-/// Each test wants the machine's cores for itself.
-fn machine() -> MutexGuard<'static, ()> {
-    static MACHINE: Mutex<()> = Mutex::new(());
-    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Two Ripstop nodes whose workers carry traffic both ways.
 fn under_traffic(test: impl FnOnce(&Lab, TrafficGroup) -> Result<()>) -> Result<()> {

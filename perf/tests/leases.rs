@@ -20,26 +20,19 @@ use core::net::{Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
 use std::collections::BTreeSet;
 use std::fs;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use ripstop_perf::{
     Host, Lab, Lease, Leases, Mac, Netns, Node, Ping, TrafficGroup, TrafficHandle, UdpFlow,
-    address, wait_until,
+    address, machine, run, wait_until,
 };
 use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// A packet that is not there after so long without any straggler is lost.
 const QUIET: Duration = Duration::from_millis(300);
-
-/// Each test wants the machine's cores for itself.
-fn machine() -> MutexGuard<'static, ()> {
-    static MACHINE: Mutex<()> = Mutex::new(());
-    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Traffic both ways between two pods, already flowing.
 fn steady(one: &dyn Host, other: &dyn Host, rate: u64) -> Result<TrafficGroup> {
@@ -113,7 +106,9 @@ fn program(lab: &Lab, node: &Node, lease: &Lease) -> Result<()> {
             "bridge fdb append {vtep} dev flannel.1 dst {public} self permanent"
         ));
     }
-    commands.iter().try_for_each(|command| run(node, command))
+    commands
+        .iter()
+        .try_for_each(|command| run(node, command).map(drop))
 }
 
 /// Subnet, underlay address and VTEP MAC of a lease, which all leases here have.
@@ -123,11 +118,6 @@ fn parts(lease: &Lease) -> (&str, Ipv4Addr, &str) {
         lease.public_ip.unwrap_or(Ipv4Addr::UNSPECIFIED),
         lease.vtep_mac.as_deref().unwrap_or_default(),
     )
-}
-
-fn run(host: &dyn Host, command: &str) -> Result<()> {
-    let argv: Vec<&str> = command.split_whitespace().collect();
-    host.output(&argv).map(drop)
 }
 
 fn sysctl(host: &dyn Host, key: &str, value: u32) -> Result<()> {

@@ -15,15 +15,14 @@
 )]
 
 use core::time::Duration;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use ripstop_fib::stats::Counter;
 use ripstop_perf::{
     Backend, Capture, Direction, Fabric, Families, Family, Frame, Header, Host, Lab, LabBuilder,
-    Mac, Node, Ping, TrafficHandle, TrafficReport, UdpFlow, address, tcp_transfer_over,
-    udp_payload_max, wait_until,
+    Mac, Node, Ping, TrafficHandle, TrafficReport, UdpFlow, address, machine, run,
+    tcp_transfer_over, udp_payload_max, wait_until,
 };
 use serde_json::json;
 
@@ -37,17 +36,6 @@ const QUIET: Duration = Duration::from_millis(400);
 const GONE_MAX: u64 = 2048;
 /// How long traffic runs on after a change.
 const AFTERWARDS: Duration = Duration::from_millis(1500);
-
-/// The machine, which each of these tests wants for itself.
-fn machine() -> MutexGuard<'static, ()> {
-    static MACHINE: Mutex<()> = Mutex::new(());
-    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn run(host: &dyn Host, command: &str) -> Result<()> {
-    let argv: Vec<&str> = command.split_whitespace().collect();
-    host.output(&argv).map(drop)
-}
 
 /// Flows that a change concerns, and flows that it does not.
 struct Live {
@@ -365,7 +353,7 @@ fn a_second_uplink_comes_and_goes() -> Result<()> {
             })?;
             assert_eq!(cost, 0, "packets lost for a second uplink");
             let cost = live.step("the second uplink gone", || {
-                run(node, &format!("ip route replace default {over_one}"))
+                run(node, &format!("ip route replace default {over_one}")).map(drop)
             })?;
             // What its worker's queue of rip0 holds goes with it.
             assert!(cost <= GONE_MAX, "{cost} packets lost");
@@ -378,7 +366,7 @@ fn a_second_uplink_comes_and_goes() -> Result<()> {
             next_frame(lab, 1, 1, 3).map(drop)
         })?;
         live.step("the second uplink's link down", || {
-            run(node, "ip link set eth1 down")
+            run(node, "ip link set eth1 down").map(drop)
         })?;
         workers_carry(node, RATE)?;
         live.finish(lab)

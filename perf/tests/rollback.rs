@@ -21,14 +21,13 @@ mod kube;
 use core::time::Duration;
 use std::collections::BTreeSet;
 use std::fs;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use kube::api::Api;
 use ripstop_perf::{
     DETOUR_TABLE, Families, Family, Host, Injector, Inner, Lab, Mark, Node, TrafficGroup, UdpFlow,
-    address, wait_until,
+    address, machine, run, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -39,17 +38,6 @@ const QUIET: Duration = Duration::from_millis(300);
 /// Packets a second of each flow.
 const RATE: u64 = 1000;
 const PREFIX: &str = "flannel.alpha.coreos.com/";
-
-/// Each test wants the machine's cores for itself.
-fn machine() -> MutexGuard<'static, ()> {
-    static MACHINE: Mutex<()> = Mutex::new(());
-    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn run(host: &dyn Host, command: &str) -> Result<String> {
-    let argv: Vec<&str> = command.split_whitespace().collect();
-    host.output(&argv)
-}
 
 /// The device of a family, the bits of its address, and what tells `ip` the family.
 fn device(family: Family) -> (&'static str, u8, &'static str) {

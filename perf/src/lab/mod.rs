@@ -31,6 +31,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{self as this_process, Output};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
@@ -53,6 +54,21 @@ use crate::sys;
 
 /// Where the descriptions of labs are.
 const STATE_DIR: &str = "/run/ripstop-lab";
+
+/// The machine's cores, for as long as the guard lives: of the tests of one process, one at a time has them.
+pub fn machine() -> MutexGuard<'static, ()> {
+    static MACHINE: Mutex<()> = Mutex::new(());
+    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs a command line of plain words on a host, and returns what it printed.
+///
+/// # Errors
+/// The program cannot be started, or it fails.
+pub fn run(host: &dyn Host, command: &str) -> Result<String> {
+    let argv: Vec<&str> = command.split_whitespace().collect();
+    host.output(&argv)
+}
 
 /// Anything in the lab that has a network namespace and an address: node, pod, fabric, attacker.
 pub trait Host: Sync {
