@@ -701,6 +701,27 @@ impl fmt::Display for ConfigWarning {
     }
 }
 
+/// A list of numbers as text, for people who would write an array or a number.
+fn list_text<'de, D: serde::Deserializer<'de>>(text: D) -> Result<Option<String>, D::Error> {
+    struct ListText;
+    impl serde::de::Visitor<'_> for ListText {
+        type Value = Option<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("queues and cpus as text like \"0-3,8\", or \"auto\"")
+        }
+
+        fn visit_str<E>(self, text: &str) -> Result<Option<String>, E> {
+            Ok(Some(text.to_owned()))
+        }
+
+        fn visit_unit<E>(self) -> Result<Option<String>, E> {
+            Ok(None)
+        }
+    }
+    text.deserialize_any(ListText)
+}
+
 /// The file as it stands.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
@@ -708,7 +729,9 @@ struct RawWorker {
     nic: String,
     queue: Option<u32>,
     cpu: Option<u32>,
+    #[serde(default, deserialize_with = "list_text")]
     queues: Option<String>,
+    #[serde(default, deserialize_with = "list_text")]
     cpus: Option<String>,
     #[serde(default)]
     mode: Mode,

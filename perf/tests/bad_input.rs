@@ -130,7 +130,7 @@ fn a_wrong_configuration_is_refused() -> Result<()> {
             config
         };
         let one_cpu: &[&str] = &["taskset", "-c", "0"];
-        let cases: [(&str, Value, &[&str], &[&str]); 9] = [
+        let cases: [(&str, Value, &[&str], &[&str]); 10] = [
             (
                 "unknown NIC",
                 json!({ "nic": "eth9" }),
@@ -172,6 +172,15 @@ fn a_wrong_configuration_is_refused() -> Result<()> {
                     "unknown field `processors`",
                     "expected one of",
                     "configs/dataplane/README.md",
+                ],
+            ),
+            (
+                "CPUs that are no text",
+                json!({ "cpus": [1] }),
+                &[],
+                &[
+                    "invalid type: sequence",
+                    "cpus as text like \"0-3,8\", or \"auto\"",
                 ],
             ),
             (
