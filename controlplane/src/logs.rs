@@ -1,6 +1,7 @@
 //! What is logged, and how: our own flags, and klog's that flannel's users write.
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 /// The flags about logs.
 #[derive(Debug, Clone, clap::Args)]
@@ -49,8 +50,19 @@ pub enum Format {
 fn directives(verbosity: i32) -> &'static str {
     match verbosity {
         ..=3 => "info",
-        4..=5 => "info,ripstop_controlplane=debug",
-        6.. => "info,ripstop_controlplane=trace",
+        4..=5 => "info,kube_client=off,ripstop_controlplane=debug",
+        6.. => "info,kube_client=off,ripstop_controlplane=trace",
+    }
+}
+
+/// The Kubernetes client has a line for each request that fails, as an error and without its object: for as long as the
+/// API server is away, several a second. We say it once, so that is for those who debug, or ask for it by name.
+fn without_client(filter: EnvFilter) -> EnvFilter {
+    const CLIENT: &str = "kube_client";
+    let debugs = filter.max_level_hint() > Some(LevelFilter::INFO);
+    match format!("{CLIENT}=off").parse() {
+        Ok(off) if !debugs && !filter.to_string().contains(CLIENT) => filter.add_directive(off),
+        Ok(_) | Err(_) => filter,
     }
 }
 
@@ -59,6 +71,7 @@ impl LogFlags {
     pub fn start(&self) {
         let filter = self.log_level.clone();
         let filter = filter.unwrap_or_else(|| EnvFilter::new(directives(self.v)));
+        let filter = without_client(filter);
         let subscriber = tracing_subscriber::fmt()
             .with_writer(std::io::stderr)
             .with_target(false)
@@ -86,6 +99,25 @@ impl LogFlags {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_clients_own_lines_are_for_those_who_ask() {
+        let is_off = |filter: &str| {
+            let filter = without_client(EnvFilter::new(filter));
+            filter.to_string().contains("kube_client=off")
+        };
+        for filter in ["info", "warn", "error", "off", "info,hyper=warn"] {
+            assert!(is_off(filter), "{filter}");
+        }
+        for filter in [
+            "debug",
+            "trace",
+            "info,kube_client=error",
+            "info,hyper=debug",
+        ] {
+            assert!(!is_off(filter), "{filter}");
+        }
+    }
 
     #[test]
     fn verbosity_is_a_level() {
