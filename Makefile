@@ -8,11 +8,11 @@ FUZZ_SECONDS ?= 60
 # What building (first line) and running the lab (second line) takes on Debian 12 and 13.
 PACKAGES := gcc libc6-dev clang make pkg-config libelf-dev zlib1g-dev protobuf-compiler \
             iproute2 ethtool nftables iptables iputils-ping openssl procps util-linux containernetworking-plugins etcd-server \
-            python3-pip systemd
+            python3-pip systemd dpdk-dev
 # What building alone takes.
 BUILD_PACKAGES := $(wordlist 1,8,$(PACKAGES))
 
-.PHONY: help demo test test-vm test-vm-short bench lint deep setup root build image-files tools fuzz loom miri mutations
+.PHONY: help demo test test-vm test-vm-short bench perf perf-check lint deep setup root build image-files tools fuzz loom miri mutations
 
 help:
 	@echo 'make demo    a cluster of four nodes in network namespaces, traffic, and a kill of each process'
@@ -20,6 +20,8 @@ help:
 	@echo 'make test-vm the data plane on other kernels and real drivers, in guests under QEMU (perf/vm/README.md)'
 	@echo 'make test-vm-short  the part of it that says most in a few minutes'
 	@echo 'make bench   what a packet costs, and what a table of 15,000 leases costs'
+	@echo 'make perf    Ripstop beside the kernel, in ten minutes: tables, and target/perf/report.html (perf/README.md)'
+	@echo 'make perf-check BASE=commit  is what is checked out (or HEAD=commit) slower than that? fails above 5 %'
 	@echo 'make lint    format, lints and documents alone'
 	@echo 'make deep    Miri, loom, weakened orderings that must be caught, fuzzing (nightly toolchain)'
 	@echo 'make image-files  everything that goes into a container image, below target/image (configs/container)'
@@ -86,6 +88,25 @@ test-vm-short: root setup
 
 bench: setup
 	$(CARGO) bench --workspace --benches
+
+# Each scenario is a run of its own; what is measured before a Ctrl-C stays.
+PERF := target/perf
+# With these all of it takes less than ten minutes where nothing else runs.
+PERF_SECONDS ?= 0.5
+PERF_SCENARIOS ?= small-udp-gateway small-udp-encap small-udp-decap tcp-one tcp-eight round-trips
+perf: root setup
+	$(CARGO) build --release --workspace --bins
+	@set -e; mkdir -p $(PERF); for scenario in $(PERF_SCENARIOS); do \
+	    $(BUILT)/release/ripstop-perf run $$scenario --seconds $(PERF_SECONDS) --out $(PERF)/$$scenario.json; \
+	done
+	@$(BUILT)/release/ripstop-perf report $(PERF_SCENARIOS:%=$(PERF)/%.json) \
+	    --html $(PERF)/report.html --markdown $(PERF)/report.md
+	@echo 'The report: $(PERF)/report.html, as Markdown: $(PERF)/report.md, the results beside it'
+
+perf-check: root setup
+	@test -n '$(BASE)' || { echo 'make perf-check BASE=commit [HEAD=commit]' >&2; exit 2; }
+	$(CARGO) build --release --package ripstop-perf --bins
+	$(BUILT)/release/ripstop-perf perf-check $(BASE) $(or $(HEAD),HEAD)
 
 deep: setup miri loom mutations fuzz
 

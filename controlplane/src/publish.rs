@@ -237,7 +237,9 @@ impl DataPlane {
 mod tests {
     use super::*;
     use ripstop_fib::publish::{SLOT_WORDS, SLOTS, region_words};
-    use ripstop_fib::stats::{Gauge, Mode, Polling, WorkerCounters, WorkerIdentity};
+    use ripstop_fib::stats::{
+        Door, Gauge, Mode, Polling, Transmit, WorkerCounters, WorkerIdentity,
+    };
     use ripstop_fib::{Backend, Dscp, ImageBuilder, Local, NICS, NicRecord, Node, Route};
 
     fn image(vni: u32) -> Vec<u64> {
@@ -351,6 +353,8 @@ mod tests {
             mode: Mode::Copy,
             wants_zero_copy: false,
             polling: Polling::Adaptive,
+            door: Door::Tun,
+            transmit: [Transmit::AfXdp; 2],
             frames: 64,
             frame_size: 2048,
             huge_pages: false,

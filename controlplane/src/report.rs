@@ -12,7 +12,7 @@ use ripstop_fib::map::{
     open_stats,
 };
 use ripstop_fib::publish::ImageRef;
-use ripstop_fib::stats::{Counter, KernelCounter, NicStats, Stats, WorkerStats, XdpCounter};
+use ripstop_fib::stats::{Counter, Door, KernelCounter, NicStats, Stats, WorkerStats, XdpCounter};
 use ripstop_fib::sync::Ordering;
 use ripstop_fib::{Backend, DropReason, Image, LeaseRecord, Node, Region};
 use serde::Serialize;
@@ -232,6 +232,12 @@ pub struct WorkerStatus {
     pub mode: &'static str,
     /// How it waits.
     pub polling: &'static str,
+    /// Its way into the host.
+    pub host_door: &'static str,
+    /// How it sends on the NIC.
+    pub transmit: &'static str,
+    /// How it sends to a host door that has a socket.
+    pub door_transmit: Option<&'static str>,
     /// Its packet memory lies on huge pages.
     pub huge_pages: bool,
     /// NUMA node of its packet memory, on machines that have several.
@@ -471,6 +477,12 @@ fn worker_status(
         cpu: identity.cpu,
         mode: identity.mode.name(),
         polling: identity.polling.name(),
+        host_door: identity.door.name(),
+        transmit: identity.transmit[0].name(),
+        door_transmit: match identity.door {
+            Door::Tun => None,
+            Door::Veth => Some(identity.transmit[1].name()),
+        },
         huge_pages: identity.huge_pages,
         numa_node: identity.numa_node,
         heartbeat_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
@@ -711,6 +723,7 @@ impl core::fmt::Display for Status {
                 ("CPU", Align::Right),
                 ("MODE", Align::Left),
                 ("POLLING", Align::Left),
+                ("DOOR", Align::Left),
                 ("HEARTBEAT", Align::Right),
                 ("GENERATION", Align::Right),
                 ("ENCAP PKTS", Align::Right),
@@ -794,6 +807,7 @@ fn worker_row(worker: &WorkerStatus) -> Vec<String> {
         worker.cpu.to_string(),
         worker.mode.to_owned(),
         worker.polling.to_owned(),
+        worker.host_door.to_owned(),
         format!("{} ms", worker.heartbeat_ms),
         worker.generation.to_string(),
     ];

@@ -343,7 +343,7 @@ fn the_exposition_is_valid_whole_and_moves() {
     assert!(worker("heartbeat_age_seconds", "") < 1.0);
     for (id, value) in [
         (
-            "ripstop_worker_info{nic=\"eth0\",queue=\"0\",cpu=\"0\",mode=\"zero-copy\",polling=\"adaptive\",huge_pages=\"false\",numa_node=\"\"}",
+            "ripstop_worker_info{nic=\"eth0\",queue=\"0\",cpu=\"0\",mode=\"zero-copy\",polling=\"adaptive\",host_door=\"tun\",huge_pages=\"false\",numa_node=\"\"}",
             1.0,
         ),
         ("ripstop_nic_queues{nic=\"a\\\"b\\\\c\\nd\"}", 2.0),

@@ -37,6 +37,7 @@ use ripstop_fib::{
 
 const BURST: usize = 64;
 const LEASES: [usize; 4] = [10, 1_000, 15_000, 100_000];
+const FLOWS: [usize; 4] = [1, 100, 10_000, 100_000];
 /// Leases that traffic goes to when it is not uniform over all.
 const ACTIVE: usize = 1_000;
 /// Inner packet lengths in bytes: the smallest frame's, a middle one, the largest with an MTU of 1500.
@@ -146,12 +147,20 @@ fn choose(leases: usize, count: usize) -> Vec<usize> {
         .collect()
 }
 
-/// Where traffic goes: `active` different leases spread over the table, in random order.
+/// Where traffic goes: `active` different leases anywhere in the table, in random order. Not every so-manieth one: their
+/// cache lines would fall into a few sets of the cache, which is a matter of the step, not of the table.
 fn destinations(leases: usize, active: usize, count: usize) -> Vec<usize> {
-    let stride = (leases / active).max(1);
-    choose(active.min(leases), count)
+    let mut random = Random::new(0xac7);
+    let mut numbers: Vec<usize> = (0..leases).collect();
+    let active = active.min(leases);
+    for place in 0..active {
+        let left = leases - place;
+        let other = place + usize::try_from(random.number() >> 11).unwrap() % left;
+        numbers.swap(place, other);
+    }
+    choose(active, count)
         .into_iter()
-        .map(|number| number * stride)
+        .map(|number| numbers[number])
         .collect()
 }
 
@@ -219,13 +228,14 @@ fn encapsulate_all<P: AsRef<[u8]>>(packets: &[P], table: &Table<'_>) {
 
 #[inline(always)]
 fn encapsulate_mostly<P: AsRef<[u8]>>(kind: Kind, packets: &[P], table: &Table<'_>) {
-    let mut warmed = 0;
-    for packet in packets {
-        warmed ^= forward::warm_from_host(kind, packet.as_ref(), table);
+    for packet in packets.iter().take(forward::AHEAD) {
+        forward::prefetch_from_host(kind, packet.as_ref(), table);
     }
-    black_box(warmed);
     FRONTS.with_borrow_mut(|fronts| {
-        for ((packet, front), id) in packets.iter().zip(fronts).zip(0u16..) {
+        for (at, ((packet, front), id)) in packets.iter().zip(fronts).zip(0u16..).enumerate() {
+            if let Some(ahead) = packets.get(at + forward::AHEAD) {
+                forward::prefetch_from_host(kind, ahead.as_ref(), table);
+            }
             match forward::from_host_mostly(kind, packet.as_ref(), front, table, id) {
                 FromHost::Send { push } => drop(black_box(push)),
                 FromHost::Drop(reason) => panic!("a good packet was dropped: {}", reason.name()),
@@ -248,12 +258,13 @@ fn decapsulate_all<P: AsRef<[u8]>>(frames: &[P], table: &Table<'_>) {
 
 #[inline(always)]
 fn decapsulate_mostly<P: AsRef<[u8]>>(kind: Kind, frames: &[P], table: &Table<'_>) {
-    let mut warmed = 0;
-    for frame in frames {
-        warmed ^= forward::warm_from_nic(kind, frame.as_ref(), table);
+    for frame in frames.iter().take(forward::AHEAD) {
+        forward::prefetch_from_nic(kind, frame.as_ref(), table);
     }
-    black_box(warmed);
-    for frame in frames {
+    for (at, frame) in frames.iter().enumerate() {
+        if let Some(ahead) = frames.get(at + forward::AHEAD) {
+            forward::prefetch_from_nic(kind, ahead.as_ref(), table);
+        }
         match forward::from_nic_mostly(kind, frame.as_ref(), table) {
             FromNic::Deliver { len, .. } => drop(black_box(len)),
             FromNic::Drop(reason) => panic!("a good packet was dropped: {}", reason.name()),
@@ -391,17 +402,17 @@ impl Regions {
             frame_size: 4096,
             ..UmemOptions::default()
         };
-        Worker::new(Parts {
+        let host = Endless {
+            packets: host,
+            next: 0,
+            headroom: HEADER_MAX.next_multiple_of(64) - 24,
+        };
+        let parts = Parts {
             umem: Umem::new(&umem).unwrap(),
             nic: Endless {
                 packets: nic,
                 next: 0,
                 headroom: 232,
-            },
-            host: Endless {
-                packets: host,
-                next: 0,
-                headroom: HEADER_MAX.next_multiple_of(64) - 24,
             },
             reader: Reader::new(region, stats.worker_pin(0)),
             accepted: stats.accepted(),
@@ -409,7 +420,8 @@ impl Regions {
             index: 0,
             ifindex: NIC,
             burst: BURST,
-        })
+        };
+        Worker::new(parts, host)
     }
 }
 
@@ -462,18 +474,26 @@ impl Series {
         self.nanoseconds.push(elapsed.as_nanos() as f64 / count);
     }
 
-    fn row(&mut self, name: &str) -> String {
-        let (low, middle, high) = spread(&mut self.cycles);
-        let (_, nanoseconds, _) = spread(&mut self.nanoseconds);
+    fn row(&self, name: &str) -> String {
+        let (low, middle, high) = spread(&self.cycles);
+        let (_, nanoseconds, _) = spread(&self.nanoseconds);
         format!("{name:<42} {nanoseconds:>8.1} ns {middle:>8.1} cycles   [{low:.1} .. {high:.1}]")
     }
 
-    fn median_cycles(&mut self) -> f64 {
-        spread(&mut self.cycles).1
+    /// The median of the rounds' ratios: what slows the machine slows both sides of a round.
+    fn ratio(&self, base: &Self) -> f64 {
+        let rounds = self.cycles.iter().zip(&base.cycles);
+        spread(
+            &rounds
+                .map(|(cycles, base)| cycles / base)
+                .collect::<Vec<_>>(),
+        )
+        .1
     }
 }
 
-fn spread(values: &mut [f64]) -> (f64, f64, f64) {
+fn spread(values: &[f64]) -> (f64, f64, f64) {
+    let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
     (
         values[0],
@@ -501,6 +521,7 @@ fn tables() {
     by_size();
     by_backend();
     by_leases();
+    by_flows();
 }
 
 /// A backend in one family, with the packets that it handles.
@@ -611,10 +632,9 @@ fn by_backend() {
                 series.measure(BURST, 2000, run);
             }
         }
-        let base = series[0].median_cycles();
-        for ((name, _), series) in drives.iter().zip(&mut series) {
-            let ratio = series.median_cycles() / base;
-            println!("{}   {ratio:.2}x of vxlan IPv4", series.row(name));
+        for ((name, _), of_case) in drives.iter().zip(&series) {
+            let ratio = of_case.ratio(&series[0]);
+            println!("{}   {ratio:.2}x of vxlan IPv4", of_case.row(name));
         }
     }
 }
@@ -679,6 +699,10 @@ enum Edit {
     Pod([u8; 4]),
     /// Outer checksum and source, inner checksum and source of a tunnel frame.
     Tunnel([u8; 6], [u8; 6]),
+    /// UDP ports of a pod packet, which make it another flow to the same lease.
+    Flow([u8; 4]),
+    /// Outer UDP source port of a tunnel frame, by which the sender tells flows apart.
+    OuterPort([u8; 2]),
 }
 
 impl Rewritten {
@@ -710,6 +734,22 @@ impl Rewritten {
         }
     }
 
+    /// Packets of so many flows to one lease and back.
+    fn flows(flows: usize, count: usize, out: bool) -> Self {
+        let edit = |number: usize| {
+            let ports = (u32::try_from(number).unwrap() + 0x0400_0400).to_be_bytes();
+            match out {
+                true => Edit::Flow(ports),
+                false => Edit::OuterPort([ports[2], ports[3]]),
+            }
+        };
+        let make = if out { pod_packets } else { tunnel_frames };
+        Self {
+            packets: make(15_000, 1, 64, BURST),
+            edits: choose(flows, count).into_iter().map(edit).collect(),
+        }
+    }
+
     fn run(&mut self, table: &Table<'_>) {
         for burst in self.edits.chunks_exact(BURST) {
             for (packet, edit) in self.packets.iter_mut().zip(burst) {
@@ -719,11 +759,13 @@ impl Rewritten {
                         packet[24..30].copy_from_slice(outer);
                         packet[74..80].copy_from_slice(inner);
                     }
+                    Edit::Flow(ports) => packet[20..24].copy_from_slice(ports),
+                    Edit::OuterPort(port) => packet[34..36].copy_from_slice(port),
                 }
             }
             match burst[0] {
-                Edit::Pod(..) => encapsulate_all(&self.packets, table),
-                Edit::Tunnel(..) => decapsulate_all(&self.packets, table),
+                Edit::Pod(..) | Edit::Flow(..) => encapsulate_all(&self.packets, table),
+                Edit::Tunnel(..) | Edit::OuterPort(..) => decapsulate_all(&self.packets, table),
             }
         }
     }
@@ -774,12 +816,35 @@ fn by_leases() {
                     series.measure(*count, (1 << 17) / *count + 1, run);
                 }
             }
-            let base = series[1].median_cycles();
-            for (leases, series) in LEASES.iter().zip(&mut series) {
-                let ratio = series.median_cycles() / base;
-                let row = series.row(&format!("{what}, {leases} leases"));
+            for (leases, of_table) in LEASES.iter().zip(&series) {
+                let ratio = of_table.ratio(&series[1]);
+                let row = of_table.row(&format!("{what}, {leases} leases"));
                 println!("{row}   {ratio:.2}x of 1,000 leases");
             }
+        }
+    }
+}
+
+/// No flow has a state of its own; this would show one.
+fn by_flows() {
+    let image = table_words(15_000);
+    let table = Table::attach(&image, NIC).unwrap();
+    println!("\nby number of flows, 64-byte packets to and from one of 15,000 leases");
+    for (what, out) in [("encap", true), ("decap", false)] {
+        let mut inputs: Vec<_> = FLOWS
+            .iter()
+            .map(|flows| Rewritten::flows(*flows, 1 << 17, out))
+            .collect();
+        let mut series: Vec<Series> = FLOWS.iter().map(|_| Series::default()).collect();
+        for _ in 0..ROUNDS {
+            for (series, input) in series.iter_mut().zip(&mut inputs) {
+                series.measure(1 << 17, 1, || input.run(&table));
+            }
+        }
+        for (flows, of_input) in FLOWS.iter().zip(&series) {
+            let ratio = of_input.ratio(&series[0]);
+            let row = of_input.row(&format!("{what}, {flows} flows"));
+            println!("{row}   {ratio:.2}x of one flow");
         }
     }
 }
@@ -793,7 +858,7 @@ fn interleaved(drives: &mut [(String, Drive<'_>)], packets: usize, repeats: usiz
     }
     drives
         .iter()
-        .zip(&mut series)
+        .zip(&series)
         .map(|((name, _), series)| series.row(name))
         .collect()
 }

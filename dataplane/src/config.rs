@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::nic::{Nic, NicError};
+use crate::tun::Offloads;
+use crate::veth;
 
 /// One worker: one NIC queue, one core, one UMEM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +45,12 @@ pub struct WorkerConfig {
     pub polling: Polling,
     /// The worker's way into the host.
     pub host_door: HostDoor,
+    /// How it sends on the NIC.
+    pub transmit: Transmit,
+    /// How it sends to a host door that has a socket.
+    pub door_transmit: Transmit,
+    /// Whether super-packets pass there, if the file says so.
+    pub host_offload: Option<Offloads>,
     /// Poll the NIC from the worker's own system calls, if set.
     pub busy_poll: Option<BusyPoll>,
     /// How long the NIC's interrupts are put off, if that is to be changed.
@@ -111,6 +119,29 @@ pub enum HostDoor {
     /// A queue of the TUN device `rip0`.
     #[default]
     Tun,
+    /// An AF_XDP socket on the far end of the veth pair `rip0`.
+    Veth,
+}
+
+/// How packets are sent on a device that a worker has a socket on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transmit {
+    /// By the socket.
+    #[default]
+    AfXdp,
+    /// Large bursts by XDP live frames, which veth takes for less.
+    Inject,
+}
+
+impl HostDoor {
+    /// The name in files.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Tun => "tun",
+            Self::Veth => "veth",
+        }
+    }
 }
 
 /// Number of entries of a ring: a power of two from 64 to 32768.
@@ -233,9 +264,15 @@ impl Umem {
     const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
     /// Fewest frames with which no ring can starve another: all four rings
-    /// full, and a burst in hand from either side.
-    pub fn frames_min(rings: &Rings, burst: Burst) -> u32 {
-        rings.entries() + 2 * burst.frames()
+    /// full, those of the host door too if it has any (its receive and fill
+    /// ring as large as `rx`, the others as `tx`), and a burst in hand from
+    /// either side.
+    pub fn frames_min(rings: &Rings, burst: Burst, door: HostDoor) -> u32 {
+        let of_door = match door {
+            HostDoor::Tun => 0,
+            HostDoor::Veth => 2 * (rings.rx.entries() + rings.tx.entries()),
+        };
+        rings.entries() + of_door + 2 * burst.frames()
     }
 
     /// Number of frames.
@@ -478,6 +515,48 @@ pub enum ConfigError {
         second: PathBuf,
         /// NIC of both.
         nic: String,
+    },
+    /// Two files want different things of the host door, of which there is one.
+    #[error("{} and {}: hostDoor.offload differs, and there is only one host door for all queues: write the same into both, or into one of them", .first.display(), .second.display())]
+    DifferentOffload {
+        /// One file.
+        first: PathBuf,
+        /// The other file.
+        second: PathBuf,
+    },
+    /// Two files want different host doors.
+    #[error("{} and {}: hostDoor.kind is \"{}\" in one and \"{}\" in the other, and there is only one rip0: write the same into all files", .first.display(), .second.display(), .kinds[0], .kinds[1])]
+    DifferentDoors {
+        /// One file.
+        first: PathBuf,
+        /// The other file.
+        second: PathBuf,
+        /// What they want.
+        kinds: [&'static str; 2],
+    },
+    /// The NIC's packets do not fit through the host door.
+    #[error("{}: hostDoor.kind: \"veth\" takes packets of up to {max} bytes{}, and NIC {nic} has MTU {mtu}: use \"tun\", or lower the NIC's MTU", .file.display(), if *.short_frames { " with umem.frameSize 2048" } else { "" })]
+    DoorMtu {
+        /// File.
+        file: PathBuf,
+        /// NIC.
+        nic: String,
+        /// Its MTU.
+        mtu: u32,
+        /// Largest that fits.
+        max: u32,
+        /// Whether larger frames would take more.
+        short_frames: bool,
+    },
+    /// Live frames are not possible.
+    #[error("{}: {key}: \"inject\" does not work here: {problem}", .file.display())]
+    Inject {
+        /// File.
+        file: PathBuf,
+        /// Key.
+        key: &'static str,
+        /// Why, and what to do.
+        problem: &'static str,
     },
     /// Two files are about one queue.
     #[error("{} and {}: both are for NIC {nic} queue {queue}: remove one or change its queue", .first.display(), .second.display())]
@@ -747,6 +826,8 @@ struct RawWorker {
     polling: Polling,
     #[serde(default)]
     host_door: RawHostDoor,
+    #[serde(default)]
+    transmit: Transmit,
     busy_poll: Option<RawBusyPoll>,
     napi_deferral: Option<RawNapiDeferral>,
     #[serde(default)]
@@ -794,7 +875,11 @@ impl Default for RawUmem {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawHostDoor {
+    #[serde(default)]
     kind: RawHostDoorKind,
+    #[serde(default)]
+    transmit: Transmit,
+    offload: Option<Offloads>,
 }
 
 #[derive(Default, Deserialize)]
@@ -802,6 +887,7 @@ struct RawHostDoor {
 enum RawHostDoorKind {
     #[default]
     Tun,
+    Veth,
 }
 
 #[derive(Deserialize)]
@@ -878,6 +964,16 @@ fn conflicts(before: &[WorkerConfig], worker: &WorkerConfig) -> Vec<ConfigError>
             queue: worker.queue,
         });
     }
+    if let Some(first) = before
+        .iter()
+        .find(|other| other.host_door != worker.host_door)
+    {
+        errors.push(ConfigError::DifferentDoors {
+            first: first.file.clone(),
+            second: worker.file.clone(),
+            kinds: [first.host_door.name(), worker.host_door.name()],
+        });
+    }
     let differs = |other: &&WorkerConfig| {
         other.nic == worker.nic
             && other.napi_deferral.is_some()
@@ -890,6 +986,17 @@ fn conflicts(before: &[WorkerConfig], worker: &WorkerConfig) -> Vec<ConfigError>
             first: first.file.clone(),
             second: worker.file.clone(),
             nic: worker.nic.clone(),
+        });
+    }
+    let differs = |other: &&WorkerConfig| {
+        other.host_offload.is_some() && other.host_offload != worker.host_offload
+    };
+    if worker.host_offload.is_some()
+        && let Some(first) = before.iter().find(differs)
+    {
+        errors.push(ConfigError::DifferentOffload {
+            first: first.file.clone(),
+            second: worker.file.clone(),
         });
     }
     errors
@@ -1011,6 +1118,11 @@ impl Template {
 }
 
 impl WorkerConfig {
+    /// Whether it sends live frames anywhere.
+    pub fn injects(&self) -> bool {
+        [self.transmit, self.door_transmit].contains(&Transmit::Inject)
+    }
+
     fn check(file: &Path, raw: RawWorker) -> Result<Self, ConfigErrors> {
         let mut errors = Vec::new();
         let name_fits = (1..=15).contains(&raw.nic.len())
@@ -1049,7 +1161,32 @@ impl WorkerConfig {
         let (Some(rings), Some(burst), Some(frame_size)) = (rings, burst, frame_size) else {
             return Err(ConfigErrors(errors));
         };
-        let min = Umem::frames_min(&rings, burst);
+        let host_door = match raw.host_door.kind {
+            RawHostDoorKind::Tun => HostDoor::Tun,
+            RawHostDoorKind::Veth => HostDoor::Veth,
+        };
+        let injects = [
+            ("transmit", raw.transmit),
+            ("hostDoor.transmit", raw.host_door.transmit),
+        ];
+        for (key, transmit) in injects {
+            let problem = match (transmit, host_door) {
+                (Transmit::AfXdp, _) => continue,
+                (Transmit::Inject, HostDoor::Tun) if key == "hostDoor.transmit" => {
+                    "a TUN device has no socket: leave it out, or use the kind \"veth\""
+                }
+                (Transmit::Inject, _) if raw.huge_pages => {
+                    "the packet memory is a BPF map then, which cannot lie on huge pages: set hugePages to false"
+                }
+                (Transmit::Inject, _) => continue,
+            };
+            errors.push(ConfigError::Inject {
+                file: file.to_owned(),
+                key,
+                problem,
+            });
+        }
+        let min = Umem::frames_min(&rings, burst, host_door);
         let frames = raw.umem.frames.unwrap_or(min);
         if frames < min {
             errors.push(ConfigError::UmemTooSmall {
@@ -1078,9 +1215,10 @@ impl WorkerConfig {
             },
             burst,
             polling: raw.polling,
-            host_door: match raw.host_door.kind {
-                RawHostDoorKind::Tun => HostDoor::Tun,
-            },
+            host_door,
+            transmit: raw.transmit,
+            door_transmit: raw.host_door.transmit,
+            host_offload: raw.host_door.offload,
             busy_poll,
             napi_deferral,
             interrupt: raw.interrupt,
@@ -1458,7 +1596,13 @@ pub fn check_host(workers: &[WorkerConfig], host: &HostFacts) -> Result<(), Conf
             });
         }
     }
-    let need = workers.iter().map(|worker| worker.umem.bytes()).sum();
+    // In zero-copy mode the host door's socket has a registration of its own (`veth::socket_options`).
+    let registrations = |worker: &WorkerConfig| match (worker.host_door, worker.mode) {
+        (HostDoor::Veth, Mode::ZeroCopy) => 2,
+        (HostDoor::Veth, Mode::Auto | Mode::Copy | Mode::Generic) | (HostDoor::Tun, _) => 1,
+    };
+    let bytes = |worker| registrations(worker) * worker.umem.bytes();
+    let need = workers.iter().map(bytes).sum();
     // The kernel charges UMEM to RLIMIT_MEMLOCK, huge pages too, except with
     // CAP_IPC_LOCK (net/xdp/xdp_umem.c, xdp_umem_account_pages).
     if let Some(limit) = host.locked_bytes_max
@@ -1482,6 +1626,16 @@ pub fn check_host(workers: &[WorkerConfig], host: &HostFacts) -> Result<(), Conf
     }
     if let Some(missing) = host.capabilities.missing() {
         errors.push(ConfigError::Capabilities { missing });
+    }
+    let veth = workers
+        .iter()
+        .any(|worker| worker.host_door == HostDoor::Veth);
+    let injects = workers.iter().any(|worker| worker.injects());
+    if (veth || injects) && !host.capabilities.has(Capability::SysAdmin) {
+        errors.push(ConfigError::Capabilities {
+            missing: "CAP_SYS_ADMIN (for the network namespace behind hostDoor.kind \"veth\" and transmit \"inject\")"
+                .to_owned(),
+        });
     }
     ConfigErrors::unless(errors, ())
 }
@@ -1532,6 +1686,26 @@ fn check_nic(worker: &WorkerConfig, host: &HostFacts, errors: &mut Vec<ConfigErr
             queue: worker.queue,
             queues: nic.rx_queues,
         });
+    }
+    if worker.transmit == Transmit::Inject && nic.driver != "veth" {
+        errors.push(ConfigError::Inject {
+            file: file.clone(),
+            key: "transmit",
+            problem: "it is for veth devices, and the NIC is none: a NIC's own transmit ring is cheaper, leave it out",
+        });
+    }
+    if worker.host_door == HostDoor::Veth {
+        let short_frames = worker.umem.frame_size == FrameSize::Bytes2048;
+        let max = veth::mtu_max(worker.umem.frame_size);
+        if nic.mtu > max {
+            errors.push(ConfigError::DoorMtu {
+                file: file.clone(),
+                nic: nic.name.clone(),
+                mtu: nic.mtu,
+                max,
+                short_frames,
+            });
+        }
     }
     // igb programs its buffer size in steps of 1024 and rounds 2048 - 256 down.
     if nic.driver == "igb"

@@ -151,87 +151,87 @@ fn usual_from_host(
     }
 }
 
-/// Brings what [`from_nic`] will look up towards the cache; called for all frames of a burst before the first decision.
-/// The value means nothing.
+/// How many packets ahead of the one that is decided about [`prefetch_from_nic`] and [`prefetch_from_host`] are called.
+/// Enough to hide a miss of the second-level cache; with more of them, lines are pushed out of the first before their use.
+pub const AHEAD: usize = 8;
+
+/// Brings what [`from_nic`] will look up towards the cache.
 #[inline(always)]
-pub fn warm_from_nic(kind: Kind, frame: &[u8], table: &Table<'_>) -> u64 {
+pub fn prefetch_from_nic(kind: Kind, frame: &[u8], table: &Table<'_>) {
     let image = &table.image;
     let packet = frame.get(ETHERNET_LEN..).unwrap_or_default();
     match kind {
-        Kind::Any => warm_from_nic_otherwise(frame, table),
-        Kind::Vxlan4 | Kind::Ipip | Kind::Udp => match packet.get(12..16) {
-            Some(source) => image.warm_peer4(wire::be32(source, 0)),
-            None => 0,
-        },
-        Kind::Direct4 => match packet.get(12..16) {
-            Some(source) => image.warm_route4(wire::be32(source, 0)),
-            None => 0,
-        },
-        Kind::Vxlan6 => match packet.get(8..24) {
-            Some(source) => image.warm_peer6(wire::octets(source, 0)),
-            None => 0,
-        },
-        Kind::Direct6 => match packet.get(8..24) {
-            Some(source) => image.warm_route6(wire::octets(source, 0)),
-            None => 0,
-        },
+        Kind::Any => prefetch_from_nic_otherwise(frame, table),
+        Kind::Vxlan4 | Kind::Ipip | Kind::Udp => {
+            if let Some(source) = packet.get(12..16) {
+                image.prefetch_peer4(wire::be32(source, 0));
+            }
+        }
+        Kind::Direct4 => {
+            if let Some(source) = packet.get(12..16) {
+                image.prefetch_route4(wire::be32(source, 0));
+            }
+        }
+        Kind::Vxlan6 => {
+            if let Some(source) = packet.get(8..24) {
+                image.prefetch_peer6(wire::octets(source, 0));
+            }
+        }
+        Kind::Direct6 => {
+            if let Some(source) = packet.get(8..24) {
+                image.prefetch_route6(wire::octets(source, 0));
+            }
+        }
     }
 }
 
-/// Brings what [`from_host`] will look up towards the cache; as [`warm_from_nic`].
+/// Brings what [`from_host`] will look up towards the cache; as [`prefetch_from_nic`].
 #[inline(always)]
-pub fn warm_from_host(kind: Kind, packet: &[u8], table: &Table<'_>) -> u64 {
+pub fn prefetch_from_host(kind: Kind, packet: &[u8], table: &Table<'_>) {
     let image = &table.image;
     match (kind, kind.encap()) {
-        (Kind::Vxlan6 | Kind::Direct6, Some(encap)) => match packet.get(24..40) {
-            Some(to) => image.warm_template6(wire::octets(to, 0), encap),
-            None => 0,
-        },
-        (Kind::Vxlan4 | Kind::Ipip | Kind::Udp | Kind::Direct4, Some(encap)) => {
-            match packet.get(16..20) {
-                Some(to) => image.warm_template4(wire::be32(to, 0), encap),
-                None => 0,
+        (Kind::Vxlan6 | Kind::Direct6, Some(encap)) => {
+            if let Some(to) = packet.get(24..40) {
+                image.prefetch_template6(wire::octets(to, 0), encap);
             }
         }
-        (Kind::Any, _) | (_, None) => warm_from_host_otherwise(packet, table),
+        (Kind::Vxlan4 | Kind::Ipip | Kind::Udp | Kind::Direct4, Some(encap)) => {
+            if let Some(to) = packet.get(16..20) {
+                image.prefetch_template4(wire::be32(to, 0), encap);
+            }
+        }
+        (Kind::Any, _) | (_, None) => prefetch_from_host_otherwise(packet, table),
     }
 }
 
 #[inline(never)]
-fn warm_from_nic_otherwise(frame: &[u8], table: &Table<'_>) -> u64 {
+fn prefetch_from_nic_otherwise(frame: &[u8], table: &Table<'_>) {
     let at = match table.vlan {
         0 => ETHERNET_LEN,
         _ => ETHERNET_LEN + VLAN_LEN,
     };
     let packet = frame.get(at..).unwrap_or_default();
     let direct = table.backend == Backend::HostGw;
-    match version(packet) {
-        Some(4) => match packet.get(12..16).map(|source| wire::be32(source, 0)) {
-            Some(source) if direct => table.image.warm_route4(source),
-            Some(source) => table.image.warm_peer4(source),
-            None => 0,
-        },
-        Some(6) => match packet.get(8..24).map(|source| wire::octets(source, 0)) {
-            Some(source) if direct => table.image.warm_route6(source),
-            Some(source) => table.image.warm_peer6(source),
-            None => 0,
-        },
-        _ => 0,
+    let image = &table.image;
+    let source4 = packet.get(12..16).map(|source| wire::be32(source, 0));
+    let source6 = packet.get(8..24).map(|source| wire::octets(source, 0));
+    match (version(packet), source4, source6) {
+        (Some(4), Some(source), _) if direct => image.prefetch_route4(source),
+        (Some(4), Some(source), _) => image.prefetch_peer4(source),
+        (Some(6), _, Some(source)) if direct => image.prefetch_route6(source),
+        (Some(6), _, Some(source)) => image.prefetch_peer6(source),
+        _ => {}
     }
 }
 
 #[inline(never)]
-fn warm_from_host_otherwise(packet: &[u8], table: &Table<'_>) -> u64 {
-    match version(packet) {
-        Some(4) => match packet.get(16..20) {
-            Some(destination) => table.image.warm_route4(wire::be32(destination, 0)),
-            None => 0,
-        },
-        Some(6) => match packet.get(24..40) {
-            Some(destination) => table.image.warm_route6(wire::octets(destination, 0)),
-            None => 0,
-        },
-        _ => 0,
+fn prefetch_from_host_otherwise(packet: &[u8], table: &Table<'_>) {
+    let to4 = packet.get(16..20).map(|to| wire::be32(to, 0));
+    let to6 = packet.get(24..40).map(|to| wire::octets(to, 0));
+    match (version(packet), to4, to6) {
+        (Some(4), Some(to), _) => table.image.prefetch_route4(to),
+        (Some(6), _, Some(to)) => table.image.prefetch_route6(to),
+        _ => {}
     }
 }
 

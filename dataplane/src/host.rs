@@ -14,7 +14,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -22,17 +22,22 @@ use std::thread::JoinHandle;
 use af_xdp::{Interface, Memory, Socket, SocketHandle, SocketOptions, Umem, UmemOptions};
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 use crossbeam::utils::CachePadded;
+use libbpf_rs::MapHandle;
 use ripstop_fib::map::{self, MapError, Mapping, ProcessLock};
-use ripstop_fib::stats::{KernelCounter, Mode, Polling, Stats, WorkerIdentity};
+use ripstop_fib::stats::{Door, KernelCounter, Mode, Polling, Stats, Transmit, WorkerIdentity};
 use ripstop_fib::{Node, Reader, Region};
 
 use crate::auto::{self, NetFiles};
 use crate::config::{self, ConfigErrors, HostFacts, WorkerConfig};
+use crate::door::{HOST_DOOR, RIP0};
+use crate::inject::{self, Injector, Switch};
 use crate::nic::{Nic, NicError};
 use crate::nic_queue::NicQueue;
 use crate::nic_settings::{NicSettings, Setting};
 use crate::pace::{self, Pace, Waker};
+use crate::port::Port;
 use crate::tun::{self, TunError, TunQueue};
+use crate::veth::{self, QueueError, VethDoor, VethError, VethQueue};
 use crate::watcher::{self, Accepted, TableWatcher};
 use crate::worker::{Parts, Worker};
 use crate::xdp::{AttachMode, AttachedMode, TunnelMatch, XdpError, XdpProgram};
@@ -87,6 +92,17 @@ pub enum HostError {
     /// The host door could not be made.
     #[error(transparent)]
     Tun(#[from] TunError),
+    /// The same of the other kind.
+    #[error(transparent)]
+    Veth(#[from] VethError),
+    /// A worker's queue of the host door could not be had.
+    #[error("{}: {source}", file.display())]
+    Queue {
+        /// The queue's configuration file.
+        file: PathBuf,
+        /// What failed.
+        source: QueueError,
+    },
     /// The XDP program could not be loaded, attached or configured.
     #[error(transparent)]
     Xdp(#[from] XdpError),
@@ -234,15 +250,18 @@ pub fn run(options: &Options, signals: &Receiver<i32>) -> Result<(), HostError> 
     let mut settings = NicSettings::open(&options.run_dir);
     let mut nics = attach_programs(&workers, &facts)?;
     tune(&mut settings, &workers, &nics);
-    let doors = tun::open(workers.len())?;
+    let mut door = HostDoor::open(&workers)?;
     let stop = Arc::new(CachePadded::new(AtomicBool::new(false)));
     let mut running = Vec::new();
-    for (index, (config, door)) in workers.iter().zip(doors).enumerate() {
+    for (index, config) in workers.iter().enumerate() {
         let Some(nic) = nics.get_mut(&config.nic) else {
             continue;
         };
         let node = facts.node_of(&nic.nic);
-        running.push(start(index, config, nic, node, door, regions, &stop)?);
+        running.push(start(index, config, nic, node, &mut door, regions, &stop)?);
+    }
+    if let HostDoor::Veth(pair) = &mut door {
+        pair.seal();
     }
     // Ahead of the announcement: who counts a NIC sees its name.
     publish_statistics(regions.stats, &nics, &running)?;
@@ -373,12 +392,85 @@ fn at_most(what: &'static str, count: usize, max: usize) -> Result<(), HostError
     }
 }
 
+/// The host door, of which each worker gets a queue.
+#[derive(Debug)]
+enum HostDoor {
+    /// Queues that no worker has yet.
+    Tun(std::vec::IntoIter<TunQueue>),
+    Veth(VethDoor),
+}
+
+impl HostDoor {
+    /// Makes it for so many workers. All want the same kind, which `config::together` has seen to.
+    fn open(workers: &[WorkerConfig]) -> Result<Self, HostError> {
+        let kind = workers
+            .first()
+            .map_or(config::HostDoor::Tun, |worker| worker.host_door);
+        Ok(match kind {
+            config::HostDoor::Tun => {
+                let offloads = workers.iter().find_map(|worker| worker.host_offload);
+                Self::Tun(tun::open(workers.len(), offloads.unwrap_or_default())?.into_iter())
+            }
+            config::HostDoor::Veth => {
+                if workers.iter().any(|worker| worker.host_offload.is_some()) {
+                    tracing::warn!(
+                        "hostDoor.offload means nothing where hostDoor.kind is \"veth\": through that door packets go one by one, each no longer than the MTU"
+                    );
+                }
+                let inject =
+                    |worker: &WorkerConfig| worker.door_transmit == config::Transmit::Inject;
+                Self::Veth(VethDoor::open(workers.len(), workers.iter().any(inject))?)
+            }
+        })
+    }
+}
+
 /// A worker's thread, and what the watcher needs of it.
 #[derive(Debug)]
 struct Running {
     thread: JoinHandle<()>,
     socket: SocketHandle,
+    /// Its socket at the host door, if that has any.
+    door: Option<SocketHandle>,
     waker: Waker,
+    /// Where it injects live frames, and whether it may.
+    watched: Vec<(Frames, Arc<Switch>)>,
+}
+
+/// A worker's queue of the host door.
+enum DoorQueue {
+    Tun(Box<TunQueue>),
+    Veth(Box<(VethQueue, SocketHandle)>),
+}
+
+/// Where live frames go.
+#[derive(Debug, Clone)]
+enum Frames {
+    /// Into the NIC of this name and interface index.
+    Into(String, u32),
+    /// Into the far end of the host door.
+    IntoDoor,
+}
+
+impl Frames {
+    /// Has frames sent only as long as the peer takes them, and says what has changed.
+    fn watch(&self, switch: &Switch) {
+        let (device, taken) = match self {
+            Self::Into(name, index) => (name.as_str(), inject::takes_frames(*index)),
+            Self::IntoDoor => (HOST_DOOR, veth::takes_frames()),
+        };
+        match (switch.set_taken(taken), taken) {
+            (true, false) => tracing::warn!(
+                device,
+                "the other end takes no live frames any more (GRO was switched off there, or its XDP program is gone); the AF_XDP socket sends"
+            ),
+            (false, true) => tracing::info!(device, "the other end takes live frames again"),
+            (true, true) | (false, false) => {}
+        }
+        if let Some(error) = switch.take_error() {
+            tracing::warn!(device, %error, "the kernel refuses to run the program for live frames; the AF_XDP socket sends from here on");
+        }
+    }
 }
 
 fn start(
@@ -386,7 +478,7 @@ fn start(
     config: &WorkerConfig,
     nic: &mut AttachedNic,
     node: Option<u32>,
-    door: TunQueue,
+    door: &mut HostDoor,
     regions: Regions,
     stop: &Arc<CachePadded<AtomicBool>>,
 ) -> Result<Running, HostError> {
@@ -398,7 +490,7 @@ fn start(
         file: config.file.clone(),
         source,
     };
-    let mut umem = Umem::new(&umem_options(config, node)).map_err(socket_error)?;
+    let (frames, mut umem) = packet_memory(config, node).map_err(socket_error)?;
     let lies_on = node.and_then(|_| umem.numa_node());
     if lies_on != node {
         tracing::warn!(
@@ -415,77 +507,178 @@ fn start(
         transmitter,
         handle,
     } = Socket::open(&mut umem, &interface, config.queue, &options).map_err(socket_error)?;
-    let identity = WorkerIdentity {
+    let injector = |wanted| injector(wanted, frames.as_ref(), config);
+    let nic_injector = injector(config.transmit).filter(|it| inject::aims(it, &interface));
+    let mut identity = WorkerIdentity {
         numa_node: lies_on.and_then(|node| u16::try_from(node).ok()),
         ..identity(config, nic.mode, &handle)
     };
-    tracing::info!(
-        nic = config.nic,
-        queue = config.queue,
-        cpu = config.cpu,
-        mode = identity.mode.name(),
-        polling = identity.polling.name(),
-        huge_pages = identity.huge_pages,
-        numa_node = identity.numa_node,
-        "worker starts"
-    );
-    let waker = Waker::new().map_err(thread_error)?;
-    let clone = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(thread_error);
-    let wakers = vec![
-        clone(handle.as_fd())?,
-        clone(door.as_fd())?,
-        waker.handle().map_err(thread_error)?,
-    ];
-    let mut pace = Pace::new(identity.polling, wakers);
     let burst = config.burst.frames() as usize;
     let mut nic_queue = NicQueue::new(
         receiver,
         transmitter,
         options.tx_entries as usize,
         2 * burst,
+    )
+    .with_injector(nic_injector);
+    nic_queue.refill(&mut umem);
+    let mut watched = Vec::new();
+    if let Some(injector) = nic_queue.injector() {
+        identity.transmit[0] = Transmit::Inject;
+        let frames = Frames::Into(config.nic.clone(), nic.nic.index);
+        watched.push((frames, injector.switch()));
+    }
+    let door =
+        match door {
+            HostDoor::Tun(queues) => DoorQueue::Tun(Box::new(queues.next().ok_or_else(|| {
+                thread_error(io::Error::other("the host door has no queue left"))
+            })?)),
+            HostDoor::Veth(pair) => {
+                let options = veth::socket_options(&options, handle.mode());
+                let injector = injector(config.door_transmit);
+                let queue = pair.queue(index, &mut umem, &options, 2 * burst, injector);
+                let (queue, socket) = queue.map_err(|source| HostError::Queue {
+                    file: config.file.clone(),
+                    source,
+                })?;
+                if let Some(injector) = queue.injector() {
+                    identity.transmit[1] = Transmit::Inject;
+                    watched.push((Frames::IntoDoor, injector.switch()));
+                }
+                DoorQueue::Veth(Box::new((queue, socket)))
+            }
+        };
+    tracing::info!(
+        nic = config.nic,
+        queue = config.queue,
+        cpu = config.cpu,
+        mode = identity.mode.name(),
+        polling = identity.polling.name(),
+        host_door = identity.door.name(),
+        transmit = identity.transmit[0].name(),
+        door_transmit = identity.transmit[1].name(),
+        huge_pages = identity.huge_pages,
+        numa_node = identity.numa_node,
+        "worker starts"
     );
-    crate::port::Port::refill(&mut nic_queue, &mut umem);
     // Vouched for from the first packet on: a process that is stopped before the watcher's first look is seen to be.
     let belief_ns = map::monotonic_ns() + BELIEF_NS;
     nic.program.keep_alive(config.queue, belief_ns)?;
     nic.program.register_socket(config.queue, handle.as_fd())?;
     regions.stats.write_identity(index, &identity);
-    let mut worker = Worker::new(Parts {
+    let parts = Parts {
         umem,
         nic: nic_queue,
-        host: door,
         reader: Reader::new(regions.fib, regions.stats.worker_pin(index)),
         accepted: regions.stats.accepted(),
         stats: regions.stats,
         index,
         ifindex: nic.nic.index,
         burst,
-    });
-    let stop = Arc::clone(stop);
-    let cpu = config.cpu as usize;
-    let thread = std::thread::Builder::new()
-        .name(format!("worker-{}-q{}", config.nic, config.queue))
-        .spawn(move || {
-            let _abort = AbortOnPanic;
-            if !core_affinity::set_for_current(core_affinity::CoreId { id: cpu }) {
-                tracing::error!(
-                    cpu,
-                    "the worker could not be pinned to its CPU; it runs where the scheduler puts it"
-                );
-            }
-            if let Err(error) = pace::run_first() {
-                tracing::info!(%error, "the worker runs at ordinary priority; CAP_SYS_NICE would let it run first on a shared CPU");
-            }
-            worker.housekeeping(map::monotonic_ns());
-            worker.run(&mut pace, &stop);
-            worker.housekeeping(map::monotonic_ns());
-        })
-        .map_err(thread_error)?;
-    Ok(Running {
-        thread,
+    };
+    let begin = Begin {
+        config,
+        polling: identity.polling,
         socket: handle,
-        waker,
+        watched,
+        stop,
+    };
+    match door {
+        DoorQueue::Tun(queue) => {
+            let wakes = queue.as_fd().try_clone_to_owned().map_err(thread_error)?;
+            begin.spawn(parts, *queue, None, wakes)
+        }
+        DoorQueue::Veth(both) => {
+            let (queue, socket) = *both;
+            let wakes = socket.as_fd().try_clone_to_owned().map_err(thread_error)?;
+            begin.spawn(parts, queue, Some(socket), wakes)
+        }
+    }
+    .map_err(thread_error)
+}
+
+/// What a worker's thread begins with, apart from the worker.
+struct Begin<'a> {
+    config: &'a WorkerConfig,
+    polling: Polling,
+    socket: SocketHandle,
+    watched: Vec<(Frames, Arc<Switch>)>,
+    stop: &'a Arc<CachePadded<AtomicBool>>,
+}
+
+impl Begin<'_> {
+    /// Starts the thread. `door` and `wakes` are the worker's socket at the host door, and what is readable when a
+    /// packet waits there.
+    fn spawn<H: Port + Send + 'static>(
+        self,
+        parts: Parts<'static, NicQueue>,
+        host: H,
+        door: Option<SocketHandle>,
+        wakes: OwnedFd,
+    ) -> io::Result<Running> {
+        let waker = Waker::new()?;
+        let nic = self.socket.as_fd().try_clone_to_owned()?;
+        let mut pace = Pace::new(self.polling, vec![nic, wakes, waker.handle()?]);
+        let mut worker = Worker::new(parts, host);
+        let stop = Arc::clone(self.stop);
+        let cpu = self.config.cpu as usize;
+        let thread = std::thread::Builder::new()
+            .name(format!("worker-{}-q{}", self.config.nic, self.config.queue))
+            .spawn(move || {
+                let _abort = AbortOnPanic;
+                if !core_affinity::set_for_current(core_affinity::CoreId { id: cpu }) {
+                    tracing::error!(
+                        cpu,
+                        "the worker could not be pinned to its CPU; it runs where the scheduler puts it"
+                    );
+                }
+                if let Err(error) = pace::run_first() {
+                    tracing::info!(%error, "the worker runs at ordinary priority; CAP_SYS_NICE would let it run first on a shared CPU");
+                }
+                worker.housekeeping(map::monotonic_ns());
+                worker.run(&mut pace, &stop);
+                worker.housekeeping(map::monotonic_ns());
+            })?;
+        Ok(Running {
+            thread,
+            socket: self.socket,
+            door,
+            waker,
+            watched: self.watched,
+        })
+    }
+}
+
+/// The frames of a worker. For live frames they lie in a map of the kernel's; where it refuses that, the AF_XDP sockets
+/// send alone.
+fn packet_memory(
+    config: &WorkerConfig,
+    node: Option<u32>,
+) -> Result<(Option<MapHandle>, Umem), af_xdp::Error> {
+    let options = umem_options(config, node);
+    if config.injects() {
+        match inject::memory(&options) {
+            Ok((frames, umem)) => return Ok((Some(frames), umem)),
+            Err(error) => {
+                tracing::warn!("{error}; packets are sent by the AF_XDP sockets");
+            }
+        }
+    }
+    Ok((None, Umem::new(&options)?))
+}
+
+/// An injector, if that is wanted and can be had.
+fn injector(
+    wanted: config::Transmit,
+    frames: Option<&MapHandle>,
+    config: &WorkerConfig,
+) -> Option<Injector> {
+    let frames = frames.filter(|_| wanted == config::Transmit::Inject)?;
+    let made = Injector::new(frames, config.umem.frame_size().bytes());
+    made.inspect_err(|error| {
+        tracing::warn!("{error}; packets are sent by the AF_XDP socket");
     })
+    .ok()
 }
 
 fn umem_options(config: &WorkerConfig, node: Option<u32>) -> UmemOptions {
@@ -537,6 +730,11 @@ fn identity(
             config::Polling::Busy => Polling::Busy,
             config::Polling::Adaptive => Polling::Adaptive,
         },
+        door: match config.host_door {
+            config::HostDoor::Tun => Door::Tun,
+            config::HostDoor::Veth => Door::Veth,
+        },
+        transmit: [Transmit::AfXdp; 2],
         frames: config.umem.frames(),
         frame_size: config.umem.frame_size().bytes(),
         huge_pages: config.umem.huge_pages(),
@@ -565,7 +763,9 @@ fn watch(
     signals: &Receiver<i32>,
 ) -> Result<(), HostError> {
     let mut tables = TableWatcher::new(regions.fib, regions.stats);
-    let answers = ask_about(nics).map_err(|source| HostError::Watching { source })?;
+    let watched = running.iter().flat_map(|worker| worker.watched.clone());
+    let answers =
+        ask_about(nics, watched.collect()).map_err(|source| HostError::Watching { source })?;
     let mut door = DoorMtu::default();
     let mut looks = 0;
     loop {
@@ -743,10 +943,10 @@ impl DoorMtu {
             return;
         };
         if node.v6.is_some() {
-            let outcome = tun::enable_ipv6();
+            let outcome = RIP0.enable_ipv6();
             self.complain(outcome, "IPv6 is off on", "ipv6.disable=0 on the kernel's command line and /proc/sys/net/ipv6/conf/rip0/disable_ipv6 must allow it");
         }
-        if tun::mtu().is_ok_and(|current| u32::from(mtu) < current) {
+        if RIP0.mtu().is_ok_and(|current| u32::from(mtu) < current) {
             self.set(mtu);
         }
     }
@@ -764,23 +964,23 @@ impl DoorMtu {
             let moving = now.saturating_sub(worker.heartbeat_ns) < HEARTBEAT_MAX_NS;
             moving && worker.generation != self.generation
         });
-        if !behind && tun::mtu().is_ok_and(|current| u32::from(wanted) != current) {
+        if !behind && RIP0.mtu().is_ok_and(|current| u32::from(wanted) != current) {
             self.set(wanted);
         }
     }
 
     fn set(&mut self, mtu: u16) {
-        let outcome = tun::set_mtu(mtu);
+        let outcome = RIP0.set_mtu(mtu);
         if outcome.is_ok() {
-            tracing::info!(mtu, "{} follows the table's MTU", tun::HOST_DOOR);
+            tracing::info!(mtu, "{} follows the table's MTU", HOST_DOOR);
         }
-        let advice = format!("ip link set dev {} mtu {mtu}", tun::HOST_DOOR);
+        let advice = format!("ip link set dev {} mtu {mtu}", HOST_DOOR);
         self.complain(outcome, "the MTU cannot be changed on", &advice);
     }
 
     fn complain(&mut self, outcome: io::Result<()>, what: &str, advice: &str) {
         let Err(error) = outcome else { return };
-        let text = format!("{what} {}: {error}; {advice}", tun::HOST_DOOR);
+        let text = format!("{what} {}: {error}; {advice}", HOST_DOOR);
         if self.complaint.as_ref() != Some(&text) {
             tracing::error!("{text}");
             self.complaint = Some(text);
@@ -805,7 +1005,10 @@ fn vouch(stats: Stats<'_>, nics: &BTreeMap<String, AttachedNic>) -> Result<(), H
 
 /// Asks about the NICs every second, in a thread of its own: drivers answer under the kernel's one lock for network
 /// devices, which somebody else may hold for seconds, and the watcher must not wait.
-fn ask_about(nics: &BTreeMap<String, AttachedNic>) -> io::Result<Receiver<Answer>> {
+fn ask_about(
+    nics: &BTreeMap<String, AttachedNic>,
+    watched: Vec<(Frames, Arc<Switch>)>,
+) -> io::Result<Receiver<Answer>> {
     let (sender, answers) = crossbeam::channel::bounded(nics.len().max(1));
     let names: Vec<String> = nics.keys().cloned().collect();
     std::thread::Builder::new()
@@ -816,6 +1019,9 @@ fn ask_about(nics: &BTreeMap<String, AttachedNic>) -> io::Result<Receiver<Answer
                     if sender.send((name.clone(), Nic::open(name))).is_err() {
                         return;
                     }
+                }
+                for (frames, switch) in &watched {
+                    frames.watch(switch);
                 }
                 std::thread::sleep(ASK);
             }
@@ -906,6 +1112,11 @@ fn publish_statistics(
         values[KernelCounter::RxRingFull as usize] = kernel.rx_ring_full;
         values[KernelCounter::FillRingEmpty as usize] = kernel.rx_fill_ring_empty_descs;
         values[KernelCounter::TxRingEmpty as usize] = kernel.tx_ring_empty_descs;
+        if let Some(door) = &worker.door {
+            // Its far end goes only with the process, so that there is nothing to be told of errors.
+            let door = door.statistics().unwrap_or_default();
+            values[KernelCounter::HostDropped as usize] = door.rx_dropped + door.rx_ring_full;
+        }
         stats.write_kernel(index, &values);
     }
     Ok(())
@@ -929,8 +1140,8 @@ fn shut_down(
         }
     }
     std::thread::sleep(WITHDRAW);
-    if let Err(error) = tun::take_down() {
-        tracing::warn!(%error, "{} could not be taken down; it goes with the process", tun::HOST_DOOR);
+    if let Err(error) = RIP0.take_down() {
+        tracing::warn!(%error, "{} could not be taken down; it goes with the process", HOST_DOOR);
     }
     std::thread::sleep(DRAIN);
     stop.store(true, Ordering::Relaxed);

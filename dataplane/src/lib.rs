@@ -8,22 +8,26 @@
 
 pub mod auto;
 pub mod config;
+pub mod door;
 mod ecn;
 pub mod encap;
 mod flow;
 pub mod forward;
 pub mod host;
+pub mod inject;
 mod inner;
 pub mod kind;
 pub mod memory;
 pub mod nic;
 pub mod nic_queue;
 pub mod nic_settings;
+pub mod offload;
 pub mod pace;
 pub mod port;
 pub mod table;
 pub mod tun;
 pub mod verdict;
+pub mod veth;
 pub mod watcher;
 pub mod wire;
 pub mod worker;

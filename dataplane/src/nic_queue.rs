@@ -2,6 +2,7 @@
 
 use af_xdp::{Frame, Receiver, Transmitter, Umem};
 
+use crate::inject::Injector;
 use crate::port::{Burst, Port, Transmitted};
 use crate::verdict::DropReason;
 
@@ -13,6 +14,8 @@ pub struct NicQueue {
     /// Frames that stay in the pool whatever the fill ring could take, so that the host side can always receive.
     reserve: usize,
     tx_entries: usize,
+    /// Takes large bursts ahead of the socket, if there is one.
+    injector: Option<Injector>,
 }
 
 /// Frames moved between a ring and the pool at a time.
@@ -31,7 +34,18 @@ impl NicQueue {
             transmitter,
             reserve,
             tx_entries,
+            injector: None,
         }
+    }
+
+    /// The same with live frames for large bursts. The injector is for the same UMEM, and aimed at the same device.
+    pub fn with_injector(self, injector: Option<Injector>) -> Self {
+        Self { injector, ..self }
+    }
+
+    /// Its injector, if it has one.
+    pub fn injector(&self) -> Option<&Injector> {
+        self.injector.as_ref()
     }
 }
 
@@ -63,12 +77,19 @@ impl Port for NicQueue {
 
     #[inline]
     fn transmit(&mut self, umem: &mut Umem, burst: &mut Burst) -> Transmitted {
+        let mut injected = Transmitted::default();
+        // Not past packets that still wait in the ring.
+        if let Some(injector) = &mut self.injector
+            && self.transmitter.in_tx() == 0
+        {
+            injected = injector.transmit(umem, burst);
+        }
         let offered: u64 = burst.iter().map(|frame| frame.len() as u64).sum();
         let packets = self.transmitter.send(umem, burst) as u64;
         let refused: u64 = burst.iter().map(|frame: &Frame| frame.len() as u64).sum();
         Transmitted {
-            packets,
-            bytes: offered - refused,
+            packets: injected.packets + packets,
+            bytes: injected.bytes + offered - refused,
         }
     }
 
@@ -79,7 +100,7 @@ impl Port for NicQueue {
 
     #[inline]
     fn flush(&mut self) -> u64 {
-        let mut calls = 0;
+        let mut calls = self.injector.as_mut().map_or(0, Injector::take_calls);
         if self.transmitter.in_tx() > 0 && self.transmitter.needs_wakeup() {
             calls += 1;
             // Fails only when the NIC is down or gone; the watcher sees that too, and says so once.

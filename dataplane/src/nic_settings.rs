@@ -388,7 +388,7 @@ fn receive_queue(name: &str) -> Option<u32> {
 }
 
 /// A sysfs that shows the network namespace of the calling thread, mounted where only its descriptor leads.
-fn own_sysfs() -> io::Result<OwnedFd> {
+pub(crate) fn own_sysfs() -> io::Result<OwnedFd> {
     const FSOPEN_CLOEXEC: libc::c_uint = 1;
     const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
     const FSMOUNT_CLOEXEC: libc::c_uint = 1;

@@ -36,18 +36,20 @@ pub struct Pace {
     turns: u32,
     idle: u32,
     last_housekeeping_ns: u64,
-    /// When the last turn ended, and what turns with and without a packet have taken since they were asked for.
+    /// When the last turn or sleep ended, and what turns and sleeps have taken since they were asked for.
     last_cycles: u64,
     cycles: Cycles,
 }
 
-/// What turns have taken, in cycles of the time-stamp counter.
+/// What turns and sleeps have taken, in cycles of the time-stamp counter.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Cycles {
     /// Turns that had a packet in hand.
     pub busy: u64,
     /// Turns that had none.
     pub idle: u64,
+    /// From the end of the turn before a sleep until the worker was awake again.
+    pub asleep: u64,
 }
 
 /// The time-stamp counter, some ten nanoseconds to read; 0 where the processor has none that counts cycles.
@@ -104,7 +106,7 @@ impl Pace {
         }
     }
 
-    /// What the turns since the last question have taken.
+    /// What turns and sleeps since the last question have taken.
     pub fn take_cycles(&mut self) -> Cycles {
         core::mem::take(&mut self.cycles)
     }
@@ -134,7 +136,9 @@ impl Pace {
             drain(wake);
         }
         self.idle = 0;
-        self.last_cycles = cycles();
+        let now = cycles();
+        self.cycles.asleep += now.saturating_sub(self.last_cycles);
+        self.last_cycles = now;
     }
 
     #[cold]

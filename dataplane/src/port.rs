@@ -16,6 +16,19 @@ pub struct Transmitted {
     pub bytes: u64,
 }
 
+/// Super-packets that passed a port.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SuperPackets {
+    /// Received uncut.
+    pub received: u64,
+    /// Packets that were cut from them.
+    pub cut: u64,
+    /// Transmitted.
+    pub transmitted: u64,
+    /// Packets that were joined for that.
+    pub joined: u64,
+}
+
 /// One side of a worker. Frames are tokens: what a port takes is gone from the caller, what it returns is the caller's.
 pub trait Port {
     /// Why a packet that this port would not take is dropped.
@@ -40,8 +53,14 @@ pub trait Port {
     /// Transmits from the front of the burst; what it leaves in the burst was refused.
     fn transmit(&mut self, umem: &mut Umem, burst: &mut Burst) -> Transmitted;
 
-    /// How many packets wait to be transmitted.
+    /// How many packets it has in hand: that wait to be transmitted, or to be received.
     fn pending(&self) -> usize;
+
+    /// Super-packets since this was last called. Elsewhere what is counted are packets as they are on the wire: those that
+    /// a super-packet was cut into or joined from.
+    fn take_super_packets(&mut self) -> SuperPackets {
+        SuperPackets::default()
+    }
 
     /// Tells the kernel what it must be told after a turn; returns the number of system calls that took.
     fn flush(&mut self) -> u64;

@@ -3,33 +3,32 @@
 //! The device is not persistent: it lives as long as this process holds its descriptors. When the process dies the
 //! kernel removes it, with it every route through it, and the next packet takes the main table.
 //!
-//! Each packet is one read or write, with a virtio-net header before it. No offload is negotiated, so that header is
-//! always zero: checksums are complete and no packet is longer than the MTU.
+//! Each read or write is a packet with a virtio-net header before it, or a super-packet of up to 64 KiB: the kernel
+//! hands over what a pod's TCP (or UDP, with segmentation) has given it, uncut and without checksums, and takes the same.
+//! So what a packet costs in the kernel is paid once for many of them. Cutting and joining is [`crate::offload`]'s.
 #![expect(
     unsafe_code,
     reason = "TUN queues are made by ioctl(2) and read with readv(2)"
 )]
 
-use core::ffi::{c_int, c_short};
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
 
-use af_xdp::Umem;
+use af_xdp::{Frame, Umem};
 
-use crate::port::{Burst, Port, Transmitted};
+use crate::door::{HOST_DOOR, RIP0, check, short};
+use crate::offload::coalesce::{self, Plan};
+use crate::offload::segment::{self, Cut, Task};
+use crate::offload::{OFFLOAD_LEN, Offload};
+use crate::port::{Burst, Port, SuperPackets, Transmitted};
 use crate::verdict::{DropReason, HEADER_MAX};
 
-/// Name of the host door.
-pub const HOST_DOOR: &str = "rip0";
-
-/// Length of `struct virtio_net_hdr` without the merged-buffers field (include/uapi/linux/virtio_net.h).
-const VIRTIO_HEADER_LEN: usize = 10;
-/// Packets that the kernel queues for a worker that is late. The kernel's own default of 500 is 25 ms of 20,000
-/// packets a second, less than a busy machine's scheduler takes now and then.
-const QUEUE_PACKETS: c_int = 2048;
+/// Longest super-packet.
+const SUPER_MAX: usize = 65_536;
+/// Largest burst that a configuration may ask for.
+const BURST_MAX: usize = 256;
 /// Room before a packet for the longest header that is pushed, so placed that the packet starts on a cache line.
 const HEADROOM: usize = (FRAME_RESERVED + HEADER_MAX).next_multiple_of(CACHE_LINE) - FRAME_RESERVED;
 const FRAME_RESERVED: usize = af_xdp::FRAME_RESERVED as usize;
@@ -64,22 +63,87 @@ pub struct TunQueue {
     file: File,
     /// Whether the kernel hands packets to this queue.
     open: bool,
+    /// What super-packets take, unless there are none.
+    supers: Option<Supers>,
+}
+
+/// Whether the kernel may hand over super-packets, and is given them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Offloads {
+    /// As far as it knows how.
+    #[default]
+    Auto,
+    /// Each packet by itself.
+    Off,
+}
+
+/// Memory for super-packets, made once.
+#[derive(Debug)]
+struct Supers {
+    /// The one that is being cut.
+    buffer: Box<[u8]>,
+    rest: Option<Rest>,
+    plan: Plan,
+    /// Headers of a packet that is about to become a super-packet's first.
+    headers: [u8; coalesce::HEADERS_MAX],
+    /// For each packet of a burst, whether the kernel has refused it.
+    refused: Vec<bool>,
+    counted: SuperPackets,
+}
+
+/// What is left of the super-packet in the buffer.
+#[derive(Debug, Clone, Copy)]
+struct Rest {
+    cut: Cut,
+    len: usize,
+    /// Number of the next packet.
+    next: usize,
+}
+
+impl Supers {
+    fn new(burst: usize, udp: bool) -> Self {
+        Self {
+            buffer: vec![0; SUPER_MAX].into(),
+            rest: None,
+            plan: Plan::with_capacity(burst, udp),
+            headers: [0; coalesce::HEADERS_MAX],
+            refused: Vec::with_capacity(burst),
+            counted: SuperPackets::default(),
+        }
+    }
+
+    /// Writes the next packet of the super-packet to a frame; false if none is left.
+    #[inline]
+    fn cut_next(&mut self, umem: &Umem, frame: &mut Frame) -> bool {
+        let Some(rest) = &mut self.rest else {
+            return false;
+        };
+        let Ok(place) = umem.whole_mut(frame, HEADROOM) else {
+            return false;
+        };
+        let written = rest.cut.write(&self.buffer[..rest.len], rest.next, place);
+        rest.next += 1;
+        if written.is_none() || rest.next >= rest.cut.count() {
+            self.rest = None;
+        }
+        let cut = written.is_some_and(|len| frame.set_len(len).is_ok());
+        self.counted.cut += u64::from(cut);
+        cut
+    }
 }
 
 /// Makes the device with `queues` queues and brings it up.
 ///
 /// # Errors
 /// When there is no TUN driver, a device of this name exists, or CAP_NET_ADMIN is missing.
-pub fn open(queues: usize) -> Result<Vec<TunQueue>, TunError> {
+pub fn open(queues: usize, offloads: Offloads) -> Result<Vec<TunQueue>, TunError> {
     let opened: Vec<TunQueue> = (0..queues)
-        .map(|_| TunQueue::new())
+        .map(|_| TunQueue::new(offloads))
         .collect::<Result<_, _>>()?;
-    keep_quiet();
-    // Packets come in here while the way back may still lead through the standby. A reverse-path filter takes that for
-    // forgery, even a loose one (2, as systemd sets it for new devices), because this device has no address
-    // (net/ipv4/fib_frontend.c, `last_resort` in `__fib_validate_source`). The workers check each source.
-    let _ = std::fs::write(sysctl("ipv4", "rp_filter"), "0");
-    set_up(QUEUE_PACKETS).map_err(|source| TunError::Refused {
+    RIP0.keep_quiet();
+    RIP0.accept_any_source();
+    RIP0.set_up().map_err(|source| TunError::Refused {
         operation: "bring up",
         source,
         advice: "the process needs CAP_NET_ADMIN",
@@ -87,90 +151,8 @@ pub fn open(queues: usize) -> Result<Vec<TunQueue>, TunError> {
     Ok(opened)
 }
 
-/// Directory in place of `/proc/sys`, which a container has read-only: the host's, mounted elsewhere.
-const SYSCTL_VARIABLE: &str = "RIPSTOP_PROC_SYS";
-
-/// The file of a setting of the device.
-fn sysctl(family: &str, setting: &str) -> PathBuf {
-    std::env::var_os(SYSCTL_VARIABLE)
-        .map_or_else(|| PathBuf::from("/proc/sys"), PathBuf::from)
-        .join(format!("net/{family}/conf/{HOST_DOOR}/{setting}"))
-}
-
-/// Least MTU for IPv6 (RFC 8200 section 5); the kernel has no IPv6 on a device of less.
-const IPV6_MTU_MIN: u16 = 1280;
-
-/// Keeps the kernel from sending packets of its own to the device: they would arrive at the workers, who have no use
-/// for them. To be called before the device is up. Best effort: a kernel without IPv6 has none of this.
-///
-/// IPv6 itself stays on, because pods are reached over it. What it would send are a neighbour solicitation for a
-/// link-local address, router solicitations, and reports of multicast groups. There is no such address, nobody listens
-/// to routers, and a device that is not capable of multicast is in no group but those that are never reported.
-fn keep_quiet() {
-    let _ = change_flags(|flags| flags & !libc::IFF_MULTICAST);
-    // Where forwarding is on, the device has joined the group of routers when it was made, and leaving it is reported,
-    // too. So let IPv6 forget the device, and take it up again as it is (net/ipv6/addrconf.c, NETDEV_CHANGEMTU).
-    if let Ok(mtu) = mtu().and_then(|mtu| u16::try_from(mtu).map_err(io::Error::other)) {
-        let _ = change_mtu(IPV6_MTU_MIN - 1).and_then(|()| change_mtu(mtu));
-    }
-    configure_nothing();
-}
-
-/// No address, no autoconfiguration, no routers.
-fn configure_nothing() {
-    for (setting, value) in [
-        ("addr_gen_mode", "1"),
-        ("accept_ra", "0"),
-        ("autoconf", "0"),
-        ("router_solicitations", "0"),
-    ] {
-        let _ = std::fs::write(sysctl("ipv6", setting), value);
-    }
-}
-
-/// Switches IPv6 on where the machine's default has it off, as pods are to be reached over it.
-///
-/// # Errors
-/// When the kernel has no IPv6, or does not let this process change it.
-pub fn enable_ipv6() -> io::Result<()> {
-    let path = sysctl("ipv6", "disable_ipv6");
-    if std::fs::read_to_string(&path)?.trim() == "0" {
-        return Ok(());
-    }
-    std::fs::write(path, "0")
-}
-
-/// Largest packet that the kernel hands to the device.
-///
-/// # Errors
-/// When the device is gone.
-pub fn mtu() -> io::Result<u32> {
-    let answer = interface_ioctl(libc::SIOCGIFMTU, |_request| {})?;
-    // SAFETY: SIOCGIFMTU has filled the union's MTU.
-    let mtu = unsafe { answer.ifr_ifru.ifru_mtu };
-    Ok(mtu.unsigned_abs())
-}
-
-/// Changes the largest packet that the kernel hands to the device.
-///
-/// # Errors
-/// When the device is gone, or the process lacks CAP_NET_ADMIN.
-pub fn set_mtu(mtu: u16) -> io::Result<()> {
-    change_mtu(mtu)?;
-    // From less than IPv6 needs to enough, the kernel has just taken IPv6 up with its own defaults.
-    configure_nothing();
-    Ok(())
-}
-
-fn change_mtu(mtu: u16) -> io::Result<()> {
-    interface_ioctl(libc::SIOCSIFMTU, |request| {
-        request.ifr_ifru.ifru_mtu = mtu.into();
-    })?;
-    Ok(())
-}
-
 impl TunQueue {
-    fn new() -> Result<Self, TunError> {
+    fn new(offloads: Offloads) -> Result<Self, TunError> {
         let mut options = OpenOptions::new();
         options
             .read(true)
@@ -187,38 +169,157 @@ impl TunQueue {
             }
         };
         let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
-        let mut request = request();
+        let mut request = RIP0.request();
         request.ifr_ifru.ifru_flags = short(flags);
         // SAFETY: TUNSETIFF reads and writes the `ifreq` that it is given, which is valid and whole.
         let answer = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
         let taken = "if another program made a device of this name, remove it (ip link del rip0); CAP_NET_ADMIN is needed";
         check(answer).map_err(refused("make a queue of", taken))?;
-        // SAFETY: TUNSETOFFLOAD takes its argument by value.
-        let answer = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, 0) };
-        check(answer).map_err(refused(
-            "switch offloads off on",
-            "this kernel's TUN driver is too old",
-        ))?;
-        Ok(Self { file, open: true })
+        let negotiated = match offloads {
+            Offloads::Auto => negotiate(&file),
+            Offloads::Off => Negotiated::Nothing,
+        };
+        let supers = match negotiated {
+            Negotiated::TcpAndUdp => Some(Supers::new(BURST_MAX, true)),
+            Negotiated::Tcp => Some(Supers::new(BURST_MAX, false)),
+            Negotiated::Nothing => {
+                let off = set_offloads(&file, 0);
+                off.map_err(refused(
+                    "switch offloads off on",
+                    "this kernel's TUN driver is too old",
+                ))?;
+                None
+            }
+        };
+        Ok(Self {
+            file,
+            open: true,
+            supers,
+        })
     }
 
-    /// Reads one packet into `buffer`; `None` when there is none.
-    fn read(&self, buffer: &mut [u8]) -> Option<usize> {
-        let mut header = [0u8; VIRTIO_HEADER_LEN];
-        let parts = [
-            libc::iovec {
-                iov_base: header.as_mut_ptr().cast(),
-                iov_len: header.len(),
-            },
-            libc::iovec {
-                iov_base: buffer.as_mut_ptr().cast(),
-                iov_len: buffer.len(),
-            },
-        ];
-        // SAFETY: both parts point to memory of the stated length that is borrowed exclusively for the call.
-        let read = unsafe { libc::readv(self.file.as_raw_fd(), parts.as_ptr(), 2) };
-        usize::try_from(read).ok()?.checked_sub(VIRTIO_HEADER_LEN)
+    /// Reads one packet into a frame, or the first of a super-packet; false when there is none.
+    #[inline]
+    fn read_frame(&mut self, umem: &Umem, frame: &mut Frame) -> bool {
+        let Ok(place) = umem.whole_mut(frame, HEADROOM) else {
+            return false;
+        };
+        let room = place.len();
+        let beyond = self.supers.as_mut();
+        let beyond = beyond.and_then(|supers| supers.buffer.get_mut(room..));
+        let Some((len, offload)) = read(&self.file, place, beyond.unwrap_or_default()) else {
+            return false;
+        };
+        let in_frame = len.min(room);
+        let task = offload.and_then(|offload| segment::task(&place[..in_frame], len, &offload));
+        match (task, &mut self.supers) {
+            (Some(Task::Cut(cut)), Some(supers)) if cut.longest() <= room => {
+                supers.buffer[..in_frame].copy_from_slice(&place[..in_frame]);
+                supers.rest = Some(Rest { cut, len, next: 0 });
+                supers.counted.received += 1;
+                return supers.cut_next(umem, frame);
+            }
+            (Some(Task::Checksum { start, at }), _) if len <= room => {
+                segment::complete_checksum(&mut place[..len], start, at);
+            }
+            (Some(Task::Whole), _) if len <= room => {}
+            // Too long for every path, or not what the kernel says that it is. `forward` has a reason for what is empty.
+            (_, _) => return frame.set_len(0).is_ok(),
+        }
+        frame.set_len(in_frame).is_ok()
     }
+
+    /// Writes the packets of a burst one by one, those that continue each other as one.
+    #[inline]
+    fn write_joined(&mut self, umem: &Umem, burst: &mut Burst) {
+        let Some(supers) = &mut self.supers else {
+            return;
+        };
+        supers.refused.clear();
+        supers.refused.resize(burst.len(), false);
+        supers
+            .plan
+            .make(burst.len(), |index| umem.packet(&burst[index]));
+        for group in supers.plan.groups() {
+            if group.count == 1 {
+                let packet = umem.packet(&burst[group.first]);
+                supers.refused[group.first] = write(&self.file, packet).is_err();
+                continue;
+            }
+            let first = umem.packet_mut(&mut burst[group.first]);
+            let headers = &mut supers.headers[..group.headers()];
+            headers.copy_from_slice(&first[..group.headers()]);
+            let head = group.head(first).bytes();
+            let mut parts = [IoSlice::new(&[]); coalesce::MEMBERS_MAX + 1];
+            parts[0] = IoSlice::new(&head);
+            for (number, member) in supers.plan.members(group).enumerate() {
+                let skip = if number == 0 { 0 } else { group.headers() };
+                parts[number + 1] = IoSlice::new(&umem.packet(&burst[member])[skip..]);
+            }
+            if (&self.file).write_vectored(&parts[..=group.count]).is_ok() {
+                supers.counted.transmitted += 1;
+                supers.counted.joined += group.count as u64;
+                continue;
+            }
+            // Whatever the kernel has against it, each packet by itself is as it came.
+            let first = umem.packet_mut(&mut burst[group.first]);
+            first[..headers.len()].copy_from_slice(headers);
+            for member in supers.plan.members(group) {
+                let packet = umem.packet(&burst[member]);
+                supers.refused[member] = write(&self.file, packet).is_err();
+            }
+        }
+    }
+}
+
+/// Writes one packet that is as it shall arrive.
+#[inline]
+fn write(mut file: &File, packet: &[u8]) -> io::Result<usize> {
+    file.write_vectored(&[IoSlice::new(&[0; OFFLOAD_LEN]), IoSlice::new(packet)])
+}
+
+/// Reads one packet into `place`, and what does not fit in there into `beyond`; its length and what the kernel says of
+/// it, or nothing when there is none.
+#[inline]
+fn read(file: &File, place: &mut [u8], beyond: &mut [u8]) -> Option<(usize, Option<Offload>)> {
+    let mut header = [0u8; OFFLOAD_LEN];
+    let part = |bytes: &mut [u8]| libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    };
+    let parts = [part(&mut header), part(place), part(beyond)];
+    // SAFETY: all parts point to memory of the stated length that is borrowed exclusively for the call.
+    let read = unsafe { libc::readv(file.as_raw_fd(), parts.as_ptr(), 3) };
+    let len = usize::try_from(read).ok()?.checked_sub(OFFLOAD_LEN)?;
+    Some((len, Offload::read(&header)))
+}
+
+/// What super-packets a kernel knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Negotiated {
+    /// Both, since Linux 6.2.
+    TcpAndUdp,
+    Tcp,
+    Nothing,
+}
+
+/// Has the kernel hand over checksums and segmentation, as far as it knows how. What it hands over it also takes.
+fn negotiate(file: &File) -> Negotiated {
+    let tcp = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+    let udp = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+    let knows = |wanted| set_offloads(file, wanted).is_ok();
+    if knows(tcp | udp) {
+        Negotiated::TcpAndUdp
+    } else if knows(tcp) {
+        Negotiated::Tcp
+    } else {
+        Negotiated::Nothing
+    }
+}
+
+fn set_offloads(file: &File, wanted: libc::c_uint) -> io::Result<()> {
+    // SAFETY: TUNSETOFFLOAD takes its argument by value.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, wanted) })
 }
 
 impl AsFd for TunQueue {
@@ -241,7 +342,7 @@ impl Port for TunQueue {
         } else {
             libc::IFF_DETACH_QUEUE
         };
-        let mut request = request();
+        let mut request = RIP0.request();
         request.ifr_ifru.ifru_flags = short(flag);
         // SAFETY: TUNSETQUEUE reads the `ifreq` that it is given, which is valid and whole.
         let answer =
@@ -260,16 +361,14 @@ impl Port for TunQueue {
     fn receive(&mut self, umem: &mut Umem, burst: &mut Burst, most: usize) {
         while burst.len() < most {
             let Some(mut frame) = umem.take() else { return };
-            let read = match umem.whole_mut(&mut frame, HEADROOM) {
-                Ok(buffer) => self.read(buffer),
-                Err(_no_room) => None,
-            };
-            match read {
-                Some(len) if frame.set_len(len).is_ok() => burst.push(frame),
-                _ => {
-                    umem.give(frame);
-                    return;
-                }
+            let rest = self.supers.as_mut();
+            if rest.is_some_and(|supers| supers.cut_next(umem, &mut frame))
+                || self.read_frame(umem, &mut frame)
+            {
+                burst.push(frame);
+            } else {
+                umem.give(frame);
+                return;
             }
         }
     }
@@ -281,13 +380,19 @@ impl Port for TunQueue {
     /// Writes each packet; one that the kernel refuses stays in the burst.
     #[inline]
     fn transmit(&mut self, umem: &mut Umem, burst: &mut Burst) -> Transmitted {
+        if self.supers.is_some() {
+            self.write_joined(umem, burst);
+        }
         let mut sent = Transmitted::default();
         let mut refused = 0;
         for at in 0..burst.len() {
             let packet = umem.packet(&burst[at]);
             let bytes = packet.len() as u64;
-            let parts = [IoSlice::new(&[0; VIRTIO_HEADER_LEN]), IoSlice::new(packet)];
-            if (&self.file).write_vectored(&parts).is_ok() {
+            let taken = match &self.supers {
+                Some(supers) => !supers.refused[at],
+                None => write(&self.file, packet).is_ok(),
+            };
+            if taken {
                 sent.packets += 1;
                 sent.bytes += bytes;
             } else {
@@ -302,76 +407,16 @@ impl Port for TunQueue {
     }
 
     fn pending(&self) -> usize {
-        0
+        let rest = self.supers.as_ref().and_then(|supers| supers.rest);
+        rest.map_or(0, |rest| rest.cut.count() - rest.next)
+    }
+
+    fn take_super_packets(&mut self) -> SuperPackets {
+        let counted = self.supers.as_mut().map(|supers| &mut supers.counted);
+        counted.map(core::mem::take).unwrap_or_default()
     }
 
     fn flush(&mut self) -> u64 {
         0
     }
-}
-
-/// An `ifreq` that names the device.
-fn request() -> libc::ifreq {
-    // SAFETY: `ifreq` is plain integers and bytes, for which zero is valid.
-    let mut request: libc::ifreq = unsafe { core::mem::zeroed() };
-    for (place, byte) in request.ifr_name.iter_mut().zip(HOST_DOOR.bytes()) {
-        *place = libc::c_char::from_ne_bytes([byte]);
-    }
-    request
-}
-
-/// Sets the transmit queue's length and brings the device up.
-fn set_up(queue_packets: c_int) -> io::Result<()> {
-    interface_ioctl(libc::SIOCSIFTXQLEN, |request| {
-        // struct ifreq has no name for ifr_qlen; it shares the union's first integer with the metric.
-        request.ifr_ifru.ifru_metric = queue_packets;
-    })?;
-    change_flags(|flags| flags | libc::IFF_UP)
-}
-
-/// Takes the device down: the kernel withdraws every route through it at once.
-///
-/// # Errors
-/// When the kernel refuses.
-pub fn take_down() -> io::Result<()> {
-    change_flags(|flags| flags & !libc::IFF_UP)
-}
-
-fn change_flags(change: impl FnOnce(c_int) -> c_int) -> io::Result<()> {
-    let answer = interface_ioctl(libc::SIOCGIFFLAGS, |_request| {})?;
-    // SAFETY: SIOCGIFFLAGS has filled the union's flags.
-    let current = unsafe { answer.ifr_ifru.ifru_flags };
-    let wanted = change(c_int::from(current));
-    interface_ioctl(libc::SIOCSIFFLAGS, |request| {
-        request.ifr_ifru.ifru_flags = short(wanted);
-    })?;
-    Ok(())
-}
-
-/// An interface ioctl on the device, through a socket made for it.
-fn interface_ioctl(
-    command: libc::c_ulong,
-    fill: impl FnOnce(&mut libc::ifreq),
-) -> io::Result<libc::ifreq> {
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0")
-        .or_else(|_| std::net::UdpSocket::bind("0.0.0.0:0"))?;
-    let mut request = request();
-    fill(&mut request);
-    // SAFETY: interface ioctls read and write the `ifreq` that they are given, which is valid and whole.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), command, &raw mut request) })?;
-    Ok(request)
-}
-
-fn check(answer: c_int) -> io::Result<()> {
-    if answer < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
-}
-
-/// Interface flags as the kernel's `short`: the bits are kept, the sign means nothing.
-fn short(flags: c_int) -> c_short {
-    let [low, high, ..] = flags.to_le_bytes();
-    c_short::from_le_bytes([low, high])
 }

@@ -118,6 +118,12 @@ pub fn ipv4_checksum_is_right(header: &[u8; IPV4_LEN]) -> bool {
 /// Ones' complement sum of any bytes up to 64 KiB; an odd last byte is padded with zero.
 #[inline]
 pub fn sum(bytes: &[u8]) -> u16 {
+    sum_here(bytes)
+}
+
+/// [`sum`], compiled for the function that calls it.
+#[inline(always)]
+pub(crate) fn sum_here(bytes: &[u8]) -> u16 {
     let (quads, rest) = bytes.as_chunks::<4>();
     // In memory order: a sum of swapped words is the swapped sum (RFC 1071 section 2, B).
     let mut sum: u64 = quads

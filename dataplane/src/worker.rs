@@ -45,15 +45,13 @@ pub struct Worker<'r, N, H> {
     ifindex: u32,
 }
 
-/// What a worker is made of.
+/// What a worker is made of, apart from its queue of the host door.
 #[derive(Debug)]
-pub struct Parts<'r, N, H> {
+pub struct Parts<'r, N> {
     /// Its frames.
     pub umem: Umem,
     /// Its NIC queue.
     pub nic: N,
-    /// Its queue of the host door.
-    pub host: H,
     /// Its view of the fib region.
     pub reader: Reader<'r>,
     /// Names the image that the watcher has accepted.
@@ -70,11 +68,10 @@ pub struct Parts<'r, N, H> {
 
 impl<'r, N: Port, H: Port> Worker<'r, N, H> {
     /// Puts a worker together.
-    pub fn new(parts: Parts<'r, N, H>) -> Self {
+    pub fn new(parts: Parts<'r, N>, host: H) -> Self {
         let Parts {
             umem,
             nic,
-            host,
             reader,
             accepted,
             stats,
@@ -123,7 +120,7 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
         }
     }
 
-    /// One turn of the loop. Returns how many packets it received or has yet to transmit.
+    /// One turn of the loop. Returns how many packets it received or still has in hand.
     #[inline]
     pub fn turn(&mut self) -> usize {
         self.follow_table();
@@ -137,17 +134,27 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
         self.counters.add(Counter::Turns, 1);
         self.counters
             .add(Counter::BusyTurns, u64::from(received > 0));
-        received + self.nic.pending()
+        received + self.nic.pending() + self.host.pending()
     }
 
     fn count_cycles(&mut self, cycles: Cycles) {
         self.counters.add(Counter::BusyCycles, cycles.busy);
         self.counters.add(Counter::IdleCycles, cycles.idle);
+        self.counters.add(Counter::AsleepCycles, cycles.asleep);
     }
 
     /// Publishes counters and heartbeat.
     pub fn housekeeping(&mut self, now_ns: u64) {
         let generation = self.table.map_or(0, |_| self.reader.pinned().generation());
+        let supers = self.host.take_super_packets();
+        for (counter, count) in [
+            (Counter::HostRxSuperPackets, supers.received),
+            (Counter::HostRxCutPackets, supers.cut),
+            (Counter::HostTxSuperPackets, supers.transmitted),
+            (Counter::HostTxJoinedPackets, supers.joined),
+        ] {
+            self.counters.add(counter, count);
+        }
         self.stats.write_worker(
             self.index,
             &self.counters,
@@ -263,16 +270,20 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
     /// Decides about each frame of a burst from the NIC; what goes on is left in `forwarded`. Returns the bytes.
     #[inline(always)]
     fn decide_from_nic(&mut self, kind: Kind) -> u64 {
-        if let Some(table) = &self.table {
-            // The loads of the burst's packets overlap here, and would come one after the other below.
-            let mut warmed = 0;
-            for frame in &self.received {
-                warmed ^= forward::warm_from_nic(kind, self.umem.packet(frame), table);
+        let prefetch = |umem: &Umem, frame: &Frame| {
+            if let Some(table) = &self.table {
+                forward::prefetch_from_nic(kind, umem.packet(frame), table);
             }
-            core::hint::black_box(warmed);
+        };
+        for frame in self.received.iter().take(forward::AHEAD) {
+            prefetch(&self.umem, frame);
         }
         let mut bytes = 0;
-        for mut frame in self.received.drain(..) {
+        let mut received = self.received.drain(..);
+        while let Some(mut frame) = received.next() {
+            if let Some(ahead) = received.as_slice().get(forward::AHEAD - 1) {
+                prefetch(&self.umem, ahead);
+            }
             bytes += frame.len() as u64;
             let (table, inside_packet) = (self.table.as_ref(), &mut self.inside_packet);
             match from_nic(kind, &self.umem, &mut frame, table, inside_packet) {
@@ -286,15 +297,20 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
     /// Decides about each packet of a burst from the host; as [`Self::decide_from_nic`].
     #[inline(always)]
     fn decide_from_host(&mut self, kind: Kind) -> u64 {
-        if let Some(table) = &self.table {
-            let mut warmed = 0;
-            for frame in &self.received {
-                warmed ^= forward::warm_from_host(kind, self.umem.packet(frame), table);
+        let prefetch = |umem: &Umem, frame: &Frame| {
+            if let Some(table) = &self.table {
+                forward::prefetch_from_host(kind, umem.packet(frame), table);
             }
-            core::hint::black_box(warmed);
+        };
+        for frame in self.received.iter().take(forward::AHEAD) {
+            prefetch(&self.umem, frame);
         }
         let mut bytes = 0;
-        for mut frame in self.received.drain(..) {
+        let mut received = self.received.drain(..);
+        while let Some(mut frame) = received.next() {
+            if let Some(ahead) = received.as_slice().get(forward::AHEAD - 1) {
+                prefetch(&self.umem, ahead);
+            }
             bytes += frame.len() as u64;
             self.identification = self.identification.wrapping_add(1);
             let (table, identification) = (self.table.as_ref(), self.identification);

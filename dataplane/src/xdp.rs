@@ -31,9 +31,9 @@ use libbpf_rs::{
 use crate::config::Capabilities;
 use crate::nic::Nic;
 
-/// The compiled program. Aligned, because libelf reads its tables in place.
+/// A compiled program. Aligned, because libelf reads its tables in place.
 #[repr(C, align(8))]
-struct Aligned<Bytes: ?Sized>(Bytes);
+pub(crate) struct Aligned<Bytes: ?Sized>(pub(crate) Bytes);
 static OBJECT: &Aligned<[u8]> =
     &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/ripstop.bpf.o")));
 
@@ -479,14 +479,7 @@ impl XdpProgram {
     /// `frame_bytes_max` is the longest Ethernet frame that every socket of
     /// this NIC can hold; longer ones are left to the kernel.
     pub fn load(frame_bytes_max: u32) -> Result<Self, XdpError> {
-        libbpf_rs::set_print(Some((PrintLevel::Debug, log)));
-        let open = ObjectBuilder::default()
-            .name("ripstop")
-            .and_then(|builder| builder.open_memory(&OBJECT.0))
-            .map_err(|source| refused("open the XDP object", source))?;
-        let object = open
-            .load()
-            .map_err(|source| refused("load the XDP program", source))?;
+        let object = load_object(&OBJECT.0, "ripstop", |_open| Ok(()))?;
 
         let map = |name: &str, what, value_size: usize, entries: usize| {
             let map = object
@@ -769,27 +762,11 @@ impl XdpProgram {
     /// libbpf's own attach call has no flags, hence no choice of mode.
     fn link(&self, nic: &Nic, mode: AttachedMode) -> Result<OwnedFd, XdpError> {
         let program = self.program(Buffers::for_mtu(nic.mtu))?;
-        let options = sys::bpf_link_create_opts {
-            sz: size_of::<sys::bpf_link_create_opts>() as sys::size_t,
-            flags: mode.flags(),
-            ..Default::default()
+        let source = match link_create(program.as_fd(), nic.index, mode) {
+            Ok(link) => return Ok(link),
+            Err(source) => source,
         };
-        // SAFETY: the program's descriptor is open, `options` is whole, carries its own size and
-        // outlives the call; the zeroed rest means "absent".
-        let link = unsafe {
-            sys::bpf_link_create(
-                program.as_fd().as_raw_fd(),
-                interface_index(nic),
-                sys::BPF_XDP,
-                &raw const options,
-            )
-        };
-        if link >= 0 {
-            // SAFETY: a descriptor that the kernel has just given to us alone.
-            return Ok(unsafe { OwnedFd::from_raw_fd(link) });
-        }
-        let source = io::Error::from_raw_os_error(-link);
-        let hint = match -link {
+        let hint = match source.raw_os_error().unwrap_or_default() {
             libc::EPERM | libc::EACCES => {
                 if let Some(missing) = missing_capabilities() {
                     let step = format!("attach the XDP program to NIC {}", nic.name);
@@ -818,6 +795,53 @@ impl XdpProgram {
     }
 }
 
+/// Attaches a program to an interface of the calling thread's network namespace, for as long as the link is open.
+pub(crate) fn link_create(
+    program: BorrowedFd<'_>,
+    interface: u32,
+    mode: AttachedMode,
+) -> io::Result<OwnedFd> {
+    let options = sys::bpf_link_create_opts {
+        sz: size_of::<sys::bpf_link_create_opts>() as sys::size_t,
+        flags: mode.flags(),
+        ..Default::default()
+    };
+    // Interface indices are positive and fit, because the kernel keeps them in an int.
+    let interface = i32::try_from(interface).unwrap_or(i32::MAX);
+    // SAFETY: the program's descriptor is open, `options` is whole, carries its own size and
+    // outlives the call; the zeroed rest means "absent".
+    let link = unsafe {
+        sys::bpf_link_create(
+            program.as_raw_fd(),
+            interface,
+            sys::BPF_XDP,
+            &raw const options,
+        )
+    };
+    if link < 0 {
+        return Err(io::Error::from_raw_os_error(-link));
+    }
+    // SAFETY: a descriptor that the kernel has just given to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(link) })
+}
+
+/// Loads a compiled object into the kernel.
+pub(crate) fn load_object(
+    bytes: &[u8],
+    name: &'static str,
+    prepare: impl FnOnce(&mut libbpf_rs::OpenObject) -> Result<(), libbpf_rs::Error>,
+) -> Result<Object, XdpError> {
+    libbpf_rs::set_print(Some((PrintLevel::Debug, log)));
+    let mut open = ObjectBuilder::default()
+        .name(name)
+        .and_then(|builder| builder.open_memory(bytes))
+        .map_err(|source| refused(format!("open the XDP object {name}"), source))?;
+    prepare(&mut open)
+        .map_err(|source| refused(format!("prepare the XDP object {name}"), source))?;
+    open.load()
+        .map_err(|source| refused(format!("load the XDP program {name}"), source))
+}
+
 /// Key of the only entry of the configuration's maps.
 const ONLY: [u8; 4] = [0; 4];
 
@@ -827,7 +851,7 @@ fn interface_index(nic: &Nic) -> i32 {
 }
 
 /// A refusal for want of rights names them; the verifier answers EACCES as well.
-fn refused(step: impl Into<String>, source: libbpf_rs::Error) -> XdpError {
+pub(crate) fn refused(step: impl Into<String>, source: libbpf_rs::Error) -> XdpError {
     let step = step.into();
     match missing_capabilities() {
         Some(missing) if source.kind() == ErrorKind::PermissionDenied => {

@@ -9,9 +9,10 @@ use std::path::Path;
 
 use ripstop_dataplane::config::{
     self, BusyPoll, Capabilities, ConfigErrors, ConfigWarning, File, FrameSize, HostDoor,
-    HostFacts, Interrupt, Mode, NapiDeferral, NumaNode, Polling, WorkerConfig,
+    HostFacts, Interrupt, Mode, NapiDeferral, NumaNode, Polling, Transmit, WorkerConfig,
 };
 use ripstop_dataplane::nic::Nic;
+use ripstop_dataplane::tun::Offloads;
 
 const MINIMAL: &str = r#"{"nic": "eth0", "queue": 0, "cpu": 1}"#;
 
@@ -62,6 +63,11 @@ fn a_minimal_file_gets_the_defaults() {
     assert_eq!(worker.burst.frames(), 64);
     assert_eq!(worker.polling, Polling::Adaptive);
     assert_eq!(worker.host_door, HostDoor::Tun);
+    assert_eq!(
+        [worker.transmit, worker.door_transmit],
+        [Transmit::AfXdp; 2]
+    );
+    assert_eq!(worker.host_offload, None);
     assert_eq!(worker.busy_poll, None);
     assert_eq!(worker.napi_deferral, None);
     assert_eq!(worker.interrupt, Interrupt::Keep);
@@ -72,9 +78,10 @@ fn every_key_is_taken() {
     let worker = worker(
         r#", "mode": "zero-copy", "rings": {"rx": 64, "tx": 128, "fill": 256, "completion": 32768},
            "umem": {"frames": 40000, "frameSize": 2048}, "hugePages": true, "burst": 256, "polling": "busy",
-           "hostDoor": {"kind": "tun"}, "busyPoll": {"microseconds": 20, "budget": 64},
+           "hostDoor": {"kind": "tun", "offload": "off", "transmit": "af-xdp"}, "transmit": "af-xdp", "busyPoll": {"microseconds": 20, "budget": 64},
            "napiDeferral": {"hardIrqs": 2, "timeoutMicroseconds": 200}, "interrupt": "other-cpus""#,
     );
+    assert_eq!(worker.host_offload, Some(Offloads::Off));
     let deferral = NapiDeferral {
         hard_irqs: 2,
         timeout_microseconds: 200,
@@ -127,8 +134,24 @@ fn one_bad_value_is_one_clear_error() {
             &["unknown field `name`"],
         ),
         (
-            r#", "hostDoor": {"kind": "veth"}"#,
-            &["unknown variant `veth`", "`tun`"],
+            r#", "hostDoor": {"offload": "on"}"#,
+            &["unknown variant `on`", "`auto`", "`off`"],
+        ),
+        (
+            r#", "hostDoor": {"kind": "tap"}"#,
+            &["unknown variant `tap`", "`tun`", "`veth`"],
+        ),
+        (
+            r#", "hostDoor": {"kind": "tun", "transmit": "inject"}"#,
+            &["hostDoor.transmit: \"inject\"", "TUN", "\"veth\""],
+        ),
+        (
+            r#", "hugePages": true, "transmit": "inject""#,
+            &["transmit: \"inject\"", "hugePages"],
+        ),
+        (
+            r#", "transmit": "dma""#,
+            &["unknown variant `dma`", "`af-xdp`", "`inject`"],
         ),
         (
             r#", "mode": "fast""#,
@@ -310,6 +333,58 @@ fn one_nic_has_one_deferral() {
 }
 
 #[test]
+fn all_queues_have_one_host_door() {
+    let file = |nic: &str, offload: &str| {
+        let keys = format!(r#", "queue": 1, "hostDoor": {{"offload": "{offload}"}}"#);
+        let text = MINIMAL.replace(r#", "queue": 0"#, &keys);
+        text.replace("eth0", nic)
+    };
+    let (off, other) = (file("eth0", "off"), file("eth1", "off"));
+    let same = [("a.json", &*off), ("b.json", MINIMAL), ("c.json", &*other)];
+    let workers = load(&same).unwrap();
+    let said: Vec<_> = workers.iter().map(|worker| worker.host_offload).collect();
+    assert_eq!(said, [Some(Offloads::Off), None, Some(Offloads::Off)]);
+    let auto = file("eth1", "auto");
+    let errors = load(&[same[0], same[1], ("c.json", &auto)]).unwrap_err();
+    assert_says(
+        &errors,
+        1,
+        &["a.json and ", "c.json", "hostDoor.offload differs"],
+    );
+}
+
+#[test]
+fn one_node_has_one_host_door() {
+    let file = |nic: &str, kind: &str| {
+        MINIMAL.replace(
+            r#""nic": "eth0""#,
+            &format!(r#""nic": "{nic}", "hostDoor": {{"kind": "{kind}"}}"#),
+        )
+    };
+    let (tun, veth, other) = (
+        file("eth0", "tun"),
+        file("eth1", "veth"),
+        file("eth2", "veth"),
+    );
+    let workers = load(&[("a.json", &veth), ("b.json", &other)]).unwrap();
+    assert_eq!(workers[0].host_door, HostDoor::Veth);
+    // The door's own rings: twice rx, twice tx.
+    assert_eq!(workers[0].umem.frames(), 10368 + 4 * 2048);
+    let errors = load(&[("a.json", &tun), ("b.json", &veth)]).unwrap_err();
+    assert_says(
+        &errors,
+        1,
+        &[
+            "a.json and ",
+            "b.json",
+            "\"tun\" in one",
+            "\"veth\" in the other",
+            "rip0",
+        ],
+    );
+}
+
+#[test]
 fn only_json_files_count() {
     let files = [
         ("eth0-q0.json", MINIMAL),
@@ -481,6 +556,44 @@ fn what_the_host_lacks_is_said() {
             Box::new(|host| host.capabilities = Capabilities::from_bits(!(1 << 13))),
             &["lacks CAP_NET_RAW (to open AF_XDP sockets): "],
         ),
+        (
+            r#", "hostDoor": {"kind": "veth"}"#,
+            Box::new(|host| host.capabilities = Capabilities::from_bits(!(1 << 21))),
+            &["CAP_SYS_ADMIN", "hostDoor.kind"],
+        ),
+        (
+            r#", "hostDoor": {"kind": "veth"}"#,
+            Box::new(|host| change(host, |nic| nic.mtu = 3507)),
+            &[
+                "\"veth\" takes packets of up to 3506 bytes,",
+                "MTU 3507",
+                "\"tun\"",
+            ],
+        ),
+        (
+            r#", "hostDoor": {"kind": "veth"}, "umem": {"frameSize": 2048}"#,
+            Box::new(|host| change(host, |nic| nic.mtu = 1779)),
+            &["up to 1778 bytes with umem.frameSize 2048", "MTU 1779"],
+        ),
+        (
+            r#", "hostDoor": {"kind": "veth"}, "mode": "zero-copy""#,
+            Box::new(|host| host.capabilities = Capabilities::from_bits(!(1 << 14))),
+            // Twice 10368 frames for the NIC and 8192 for the door.
+            &["152043520 bytes", "CAP_IPC_LOCK"],
+        ),
+        (
+            r#", "transmit": "inject""#,
+            Box::new(|_| ()),
+            &["eth0-q0.json: transmit: \"inject\"", "veth"],
+        ),
+        (
+            r#", "transmit": "inject""#,
+            Box::new(|host| {
+                change(host, |nic| nic.driver = "veth".into());
+                host.capabilities = Capabilities::from_bits(!(1 << 21));
+            }),
+            &["CAP_SYS_ADMIN", "transmit"],
+        ),
     ];
     for (keys, spoil, parts) in table {
         let text = match keys {
@@ -571,6 +684,7 @@ fn every_file_that_is_shipped_is_valid() {
     let mut long = worker();
     assert!(long.busy_poll.take().is_some());
     assert!(long.napi_deferral.take().is_some());
+    assert_eq!(long.host_offload.take(), Some(Offloads::default()));
     assert_eq!(short, long);
     assert_eq!(examples.next(), None);
 }

@@ -3,11 +3,11 @@
 //! Needs root. Each test works in an unnamed network namespace of its own
 //! thread, which the kernel removes with the thread.
 
-#![expect(unsafe_code, reason = "unshare by hand")]
+#![expect(unsafe_code, reason = "system calls by hand")]
 #![expect(clippy::unwrap_used, reason = "also in the helpers of the tests")]
 
 use core::time::Duration;
-use std::io::{self, BufRead, BufReader};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -15,21 +15,14 @@ use std::thread;
 use ripstop_dataplane::nic::{Feature, Nic};
 use ripstop_dataplane::nic_settings::{FILE, NicSettings, Setting};
 
+mod common;
+
+use common::{ip, own_namespace};
+
 /// Gives the calling thread a network namespace of its own, with a veth.
 fn veth() -> Nic {
-    // SAFETY: takes a number; only this thread changes its namespace.
-    let status = unsafe { libc::unshare(libc::CLONE_NEWNET) };
-    assert_eq!(
-        status,
-        0,
-        "these tests need root (a network namespace of their own): {}",
-        io::Error::last_os_error()
-    );
-    let status = Command::new("ip")
-        .args("link add sx0 type veth peer name sx1".split(' '))
-        .status()
-        .expect("iproute2 is installed");
-    assert!(status.success());
+    own_namespace();
+    ip("link add sx0 type veth peer name sx1");
     // A veth merges nothing unless it is told to.
     Feature::Gro.switch("sx0", true).unwrap();
     Nic::open("sx0").unwrap()

@@ -16,9 +16,9 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::Instant;
 
+use ripstop_dataplane::door::RIP0;
 use ripstop_dataplane::nic::{Feature, Nic};
 use ripstop_dataplane::nic_settings::FILE;
-use ripstop_dataplane::tun;
 use ripstop_fib::map;
 use ripstop_fib::stats::{NicStats, Stats, XdpCounter};
 use ripstop_fib::{
@@ -26,18 +26,15 @@ use ripstop_fib::{
 };
 use tempfile::TempDir;
 
+mod common;
+
+use common::{ip, own_namespace};
+
 const LOCAL: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
 /// Gives the calling thread a network namespace with two NICs of two queues, `px0` and `py0`.
 fn enter_namespace() {
-    // SAFETY: takes a number; only this thread changes its namespace.
-    let status = unsafe { libc::unshare(libc::CLONE_NEWNET) };
-    assert_eq!(
-        status,
-        0,
-        "these tests need root (a network namespace of their own): {}",
-        io::Error::last_os_error()
-    );
+    own_namespace();
     for pair in ["px", "py"] {
         ip(&format!(
             "link add {pair}0 numrxqueues 4 numtxqueues 4 type veth peer name {pair}1 numrxqueues 4 numtxqueues 4"
@@ -46,14 +43,6 @@ fn enter_namespace() {
             ip(&format!("link set {pair}{end} addrgenmode none up"));
         }
     }
-}
-
-fn ip(arguments: &str) {
-    let status = Command::new("ip")
-        .args(arguments.split_whitespace())
-        .status()
-        .expect("iproute2 is installed");
-    assert!(status.success(), "ip {arguments}");
 }
 
 /// A directory with a worker's file for each queue, and a running data plane.
@@ -331,7 +320,7 @@ fn nics_and_host_door_follow_the_table() {
     );
 
     data_plane.publish(node(&[("px0", 100)], 1400, Some(1380)));
-    data_plane.eventually("MTU", || tun::mtu().unwrap() == 1400);
+    data_plane.eventually("MTU", || RIP0.mtu().unwrap() == 1400);
     assert_eq!((tags_off("px0"), tags_off("py0")), (false, true));
     assert!(data_plane.run_dir().join(FILE).exists());
     assert_outcome(
@@ -356,7 +345,7 @@ fn nics_and_host_door_follow_the_table() {
 
     // Two NICs without tags, and an MTU that only IPv6 has.
     data_plane.publish(node(&[("px0", 0), ("py0", 0)], 1300, Some(1500)));
-    data_plane.eventually("MTU", || tun::mtu().unwrap() == 1500);
+    data_plane.eventually("MTU", || RIP0.mtu().unwrap() == 1500);
     assert_eq!((tags_off("px0"), tags_off("py0")), (true, true));
     assert!(!data_plane.run_dir().join(FILE).exists());
     for pair in ["px", "py"] {
@@ -370,7 +359,7 @@ fn nics_and_host_door_follow_the_table() {
     }
 
     data_plane.publish(node(&[("py0", 0)], 1200, None));
-    data_plane.eventually("MTU", || tun::mtu().unwrap() == 1200);
+    data_plane.eventually("MTU", || RIP0.mtu().unwrap() == 1200);
     assert_outcome(
         &data_plane,
         "px",
@@ -379,8 +368,8 @@ fn nics_and_host_door_follow_the_table() {
     );
     assert_outcome(&data_plane, "py", &frame(None, 100), XdpCounter::Redirected);
     // Whoever changes it is overruled.
-    tun::set_mtu(1100).unwrap();
-    data_plane.eventually("MTU", || tun::mtu().unwrap() == 1200);
+    RIP0.set_mtu(1100).unwrap();
+    data_plane.eventually("MTU", || RIP0.mtu().unwrap() == 1200);
 
     // What is longer than the NIC's MTU was not sent like that. The peer's is larger.
     ip("link set py1 mtu 3000");
@@ -404,7 +393,7 @@ fn nics_and_host_door_follow_the_table() {
         "{}",
         data_plane.log()
     );
-    assert!(tun::mtu().is_err(), "the host door is gone");
+    assert!(RIP0.mtu().is_err(), "the host door is gone");
 }
 
 #[test]
@@ -533,5 +522,15 @@ fn huge_pages_are_used_or_asked_for() {
         let process = DataPlane::spawn(directory.path());
         let mut data_plane = DataPlane { directory, process };
         data_plane.ends_with(&["4 huge pages", "nr_hugepages", "hugePages to false"]);
+    }
+}
+
+#[test]
+fn a_key_that_means_nothing_at_this_door_is_named() {
+    for (offload, named) in [("", false), (r#", "offload": "off""#, true)] {
+        enter_namespace();
+        let keys = format!(r#", "hostDoor": {{"kind": "veth"{offload}}}"#);
+        let data_plane = DataPlane::start(ALL_QUEUES, &keys);
+        assert_eq!(data_plane.log().contains("hostDoor.offload"), named);
     }
 }

@@ -61,17 +61,18 @@ impl Regions {
             frame_size: 4096,
             ..UmemOptions::default()
         };
-        Worker::new(Parts {
+        let host = MemoryPort::new(64, 104, faults, seed.rotate_left(17));
+        let parts = Parts {
             umem: Umem::new(&umem).unwrap(),
             nic: MemoryPort::new(64, 256, faults, seed),
-            host: MemoryPort::new(64, 104, faults, seed.rotate_left(17)),
             reader: Reader::new(self.region(), self.stats().worker_pin(0)),
             accepted: self.stats().accepted(),
             stats: self.stats(),
             index: 0,
             ifindex: packets::NIC,
             burst: BURST,
-        })
+        };
+        Worker::new(parts, host)
     }
 }
 
@@ -292,6 +293,27 @@ fn turns_with_packets_and_turns_without_are_timed_apart() {
     println!("{} cycles per packet, unoptimized", busy / packets);
     assert!(busy > packets, "a packet takes more than a cycle");
     assert!(counted(Counter::IdleCycles) > 0);
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn sleep_is_timed_apart_from_turns() {
+    let regions = Regions::new();
+    let mut worker = regions.worker(Faults::default(), 1);
+    regions.stats().announce(1, 0);
+    let (stop, stats) = (AtomicBool::new(false), regions.stats());
+    let asleep = || stats.workers()[0].counters.get(Counter::AsleepCycles);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while asleep() == 0 && start.elapsed() < Duration::from_secs(60) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        worker.run(&mut Pace::new(Polling::Adaptive, Vec::new()), &stop);
+    });
+    assert!(asleep() > 0);
 }
 
 #[test]

@@ -30,6 +30,10 @@ use ripstop_dataplane::xdp::{
     XdpError, XdpProgram,
 };
 
+mod common;
+
+use common::{ip, own_namespace};
+
 const LOCAL: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 const PEER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 const LOCAL6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
@@ -385,31 +389,9 @@ fn is_tunnel(tunnel: Tunnel, protocol: IpNumber, payload: &[u8], length: usize) 
         }
 }
 
-/// Gives the calling thread a network namespace of its own.
-fn enter_own_namespace() {
-    // SAFETY: takes a number; only this thread changes its namespace.
-    let status = unsafe { libc::unshare(libc::CLONE_NEWNET) };
-    assert_eq!(
-        status,
-        0,
-        "these tests need root (a network namespace of their own): {}",
-        io::Error::last_os_error()
-    );
-}
-
-fn ip(arguments: &str) -> String {
-    let output = Command::new("ip")
-        .args(arguments.split_whitespace())
-        .output()
-        .expect("iproute2 is installed");
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "ip {arguments}: {errors}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
 /// A veth end with two receive queues, up, in a namespace of this thread.
 fn veth() -> Nic {
-    enter_own_namespace();
+    own_namespace();
     ip("link add vx0 numrxqueues 2 type veth peer name vx1 numtxqueues 2");
     for end in ["vx0", "vx1"] {
         // Without an address of its own the kernel has nothing to announce on it.
@@ -940,7 +922,7 @@ fn no_frame_is_judged_by_a_mix_of_two_configurations() {
 
 #[test]
 fn a_frame_before_any_configuration_is_passed() {
-    enter_own_namespace();
+    own_namespace();
     let program = XdpProgram::load(FRAME_BYTES_MAX).unwrap();
     let socket = xdp_socket();
     program.register_socket(0, socket.as_fd()).unwrap();
@@ -958,7 +940,7 @@ fn a_frame_before_any_configuration_is_passed() {
 
 #[test]
 fn jumbo_frames_are_measured_over_all_their_buffers() {
-    enter_own_namespace();
+    own_namespace();
     let jumbo = Packet::with(|p| p.inner = 8950).bytes();
     for (frame_bytes_max, expected, outcome) in [
         (FRAME_BYTES_MAX, Action::Pass, Outcome::TooLong),
@@ -1795,7 +1777,7 @@ fn a_jumbo_nic_is_attached_natively() {
 
 #[test]
 fn a_driver_without_native_mode_falls_back_only_if_allowed() {
-    enter_own_namespace();
+    own_namespace();
     let nic = Nic::open("lo").unwrap();
     let mut program = XdpProgram::load(FRAME_BYTES_MAX).unwrap();
     let refusal = program

@@ -19,11 +19,16 @@
 //! namespaces that the lab made and that carry the lab's name.
 
 pub mod address;
+pub mod bed;
 mod counters;
+pub mod engine;
+pub mod experiment;
 mod frame;
 mod lab;
+pub mod measure;
 mod netns;
 mod packet;
+pub mod report;
 mod stack;
 mod sys;
 mod traffic;
@@ -32,8 +37,8 @@ pub use address::{Family, Mac};
 pub use counters::{KernelCounters, LinkCounters};
 pub use frame::{Ethernet, Inner, Ipv4, Udp, UdpChecksum, Vxlan, VxlanFrame, transport_checksum};
 pub use lab::{
-    Attacker, Backend, BondMode, DETOUR_TABLE, Fabric, Families, Host, Lab, LabBuilder, Lease,
-    Leases, Node, NodeKind, Pod, Underlay, Workers, machine, run, wait_until,
+    Attacker, Backend, BondMode, DATAPLANE_VARIABLE, DETOUR_TABLE, Fabric, Families, Host, Lab,
+    LabBuilder, Lease, Leases, Node, NodeKind, Pod, Underlay, Workers, machine, run, wait_until,
 };
 pub use netns::Netns;
 pub use packet::{Capture, Captured, CapturedFrame, Direction, Injector};

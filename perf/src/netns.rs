@@ -23,6 +23,11 @@ impl Netns {
         Self { name }
     }
 
+    /// The namespace of whichever thread uses this value. It has no name, and commands run in the process's.
+    pub(crate) fn of_this_thread() -> Self {
+        Self::named(String::new())
+    }
+
     /// The name under which `ip netns` knows it.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -36,6 +41,9 @@ impl Netns {
     }
 
     fn path(&self) -> PathBuf {
+        if self.name.is_empty() {
+            return "/proc/thread-self/ns/net".into();
+        }
         Path::new("/run/netns").join(&self.name)
     }
 
@@ -68,6 +76,9 @@ impl Netns {
     /// itself, so the process id is the program's own.
     #[must_use]
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
+        if self.name.is_empty() {
+            return Command::new(program.as_ref());
+        }
         let mut command = Command::new("ip");
         command
             .args(["netns", "exec", &self.name])

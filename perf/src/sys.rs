@@ -12,6 +12,7 @@ use core::ffi::c_int;
 use core::mem;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use core::ptr;
+use core::time::Duration;
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -55,6 +56,41 @@ pub(crate) fn is_root() -> bool {
 pub(crate) fn set_thread_nice(nice: c_int) -> io::Result<()> {
     // SAFETY: setpriority takes three numbers; no memory. On Linux a "process" 0 is the thread.
     check(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }).map(drop)
+}
+
+/// The calling thread, by the number that the kernel knows it by.
+pub(crate) fn thread_id() -> i32 {
+    // SAFETY: gettid takes nothing and cannot fail.
+    unsafe { libc::gettid() }
+}
+
+/// CPU time that a thread of this process has taken so far.
+pub(crate) fn thread_cpu_time(thread: i32) -> io::Result<Duration> {
+    // The clock of a thread's CPU time, per thread and as scheduled (include/linux/posix-timers.h, CPUCLOCK_*).
+    let clock = (!thread << 3) | 6;
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the pointer is to a local that is borrowed exclusively across the call.
+    check(unsafe { libc::clock_gettime(clock, &raw mut time) })?;
+    let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
+    let nanoseconds = u32::try_from(time.tv_nsec).unwrap_or_default();
+    Ok(Duration::new(seconds, nanoseconds))
+}
+
+/// Restricts a thread to one CPU; 0 is the calling thread.
+pub(crate) fn pin(thread: i32, cpu: usize) -> io::Result<()> {
+    // SAFETY: cpu_set_t is an array of numbers, for which all zeroes is a value.
+    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
+    if cpu >= usize::try_from(libc::CPU_SETSIZE).unwrap_or_default() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the number has just been checked to lie in the set.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: the pointer and the size are those of `set`, which lives across the call.
+    check(unsafe { libc::sched_setaffinity(thread, size_of::<libc::cpu_set_t>(), &raw const set) })
+        .map(drop)
 }
 
 /// Sends a signal to one process.

@@ -1,8 +1,8 @@
 //! The operator's command line: shows what the processes on this node do, from the run directory alone.
 
 use core::time::Duration;
-use std::io::Write as _;
-use std::path::PathBuf;
+use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -12,6 +12,8 @@ use ripstop_controlplane::cleanup::cleanup;
 use ripstop_controlplane::health::metrics::Scraper;
 use ripstop_controlplane::report::{Drops, Leases, Status};
 use ripstop_controlplane::{DEFAULT_RUN_DIR, explained};
+use ripstop_top::terminal::{self, End};
+use ripstop_top::{DataPlane, Panel, Rates, Snapshot};
 use serde::Serialize;
 
 /// Shows and cleans up what Ripstop does on this node. Exit codes: 0 all is well, 1 there is a problem, 2 wrong usage.
@@ -44,6 +46,18 @@ enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// What each worker does, live; without a terminal, once and as text
+    Top {
+        /// Seconds between two looks, 0.1 at least
+        #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
+        interval: Duration,
+        /// One look, as text
+        #[arg(long, conflicts_with = "count")]
+        once: bool,
+        /// End after so many looks; without a terminal 1 unless given
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        count: Option<u64>,
+    },
     /// Everything that can be measured, for Prometheus; also while no process runs
     Metrics {
         /// Write a file, whole or not at all, as the textfile collector of node_exporter wants it
@@ -69,6 +83,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .ok()
         .filter(|interval| *interval <= Duration::from_secs(3600))
         .ok_or_else(|| "give a number of seconds from 0 to 3600".to_owned())
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    seconds(text).and_then(|interval| match interval >= Duration::from_millis(100) {
+        true => Ok(interval),
+        false => Err("give a number of seconds from 0.1 to 3600".to_owned()),
+    })
 }
 
 fn main() -> ExitCode {
@@ -98,6 +119,20 @@ fn run(flags: &Flags) -> anyhow::Result<(String, bool)> {
         }
         Command::Leases => (shown(flags.json, &Leases::read(run_dir)?)?, true),
         Command::Drops { all } => (shown(flags.json, &Drops::read(run_dir, *all)?)?, true),
+        Command::Top {
+            interval,
+            once,
+            count,
+        } => {
+            let panel = Panel::new("ripstop top", *interval);
+            let is_live = !once && !flags.json && std::io::stdout().is_terminal();
+            let count = count.or((!is_live).then_some(1));
+            let runs = match is_live {
+                true => top_live(run_dir, panel, count)?,
+                false => top_printed(run_dir, &panel, count.unwrap_or(1), flags.json)?,
+            };
+            (String::new(), runs)
+        }
         Command::Metrics { .. } if flags.json => {
             anyhow::bail!("metrics are text alone: leave --json out")
         }
@@ -118,6 +153,38 @@ fn run(flags: &Flags) -> anyhow::Result<(String, bool)> {
             (shown(flags.json, &done)?, done.left.is_empty())
         }
     })
+}
+
+/// Shows the workers until the user has seen enough. Always true: there is nobody that an exit code would tell more.
+fn top_live(run_dir: &Path, mut panel: Panel, count: Option<u64>) -> anyhow::Result<bool> {
+    let mut look = || Snapshot::read(run_dir);
+    match terminal::live(&mut panel, count, &mut look).context("use the terminal")? {
+        End::Done => Ok(true),
+        End::Signal(signal) => {
+            signal_hook::low_level::emulate_default_handler(signal)?;
+            Ok(true)
+        }
+    }
+}
+
+/// Prints `count` looks. Returns whether a data plane runs, as of the last.
+fn top_printed(run_dir: &Path, panel: &Panel, count: u64, json: bool) -> anyhow::Result<bool> {
+    let mut out = std::io::stdout();
+    let mut before = Snapshot::read(run_dir)?;
+    for _ in 0..count {
+        std::thread::sleep(panel.interval);
+        let now = Snapshot::read(run_dir)?;
+        let rates = Rates::between(Some(&before), &now);
+        let text = match json {
+            true => serde_json::to_string(&rates)? + "\n",
+            false => panel.text(&rates),
+        };
+        if out.write_all(text.as_bytes()).is_err() {
+            break;
+        }
+        before = now;
+    }
+    Ok(matches!(before.data_plane, DataPlane::Running { .. }))
 }
 
 fn shown(json: bool, report: &(impl Serialize + core::fmt::Display)) -> anyhow::Result<String> {

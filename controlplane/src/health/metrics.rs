@@ -84,14 +84,16 @@ metrics! {
     StepFailures = COUNTER "ripstop_reconcile_failures_total" ["step"] "Failures of the parts of a round; each is tried again.";
     Events = COUNTER "ripstop_kubernetes_events_total" ["outcome"] "Requests about Kubernetes Events: sent, refused by the API server, or given up.";
     FilterDrops = COUNTER "ripstop_filter_drops_total" ["reason"] "Packets that the nftables rules dropped: the peer filter of the kernel's path, and the guard.";
-    WorkerInfo = GAUGE "ripstop_worker_info" ["nic", "queue", "cpu", "mode", "polling", "huge_pages", "numa_node"] "1 for each worker: where it is, how its socket is bound (zero-copy, copy, generic) and how it waits.";
+    WorkerInfo = GAUGE "ripstop_worker_info" ["nic", "queue", "cpu", "mode", "polling", "host_door", "huge_pages", "numa_node"] "1 for each worker: where it is, how its socket is bound (zero-copy, copy, generic), how it waits, and what its host door is (tun, veth).";
     WorkerHeartbeat = GAUGE "ripstop_worker_heartbeat_age_seconds" ["nic", "queue"] "Time since the worker's last sign of life; over 1, it is taken for stopped.";
     WorkerGeneration = GAUGE "ripstop_worker_fib_generation" ["nic", "queue"] "Generation of the forwarding table that the worker uses.";
     WorkerPackets = COUNTER "ripstop_worker_packets_total" ["nic", "queue", "port", "direction"] "Packets by port (nic, host) and direction (receive, transmit).";
     WorkerBytes = COUNTER "ripstop_worker_bytes_total" ["nic", "queue", "port", "direction"] "Bytes of those; on the NIC with tunnel headers.";
+    WorkerSuperPackets = COUNTER "ripstop_worker_super_packets_total" ["nic", "queue", "direction"] "Super-packets at the host door: cut after receiving (receive), joined for delivery (transmit).";
+    WorkerSuperMembers = COUNTER "ripstop_worker_super_packet_members_total" ["nic", "queue", "direction"] "Packets that those were cut into or joined from; ripstop_worker_packets_total has them, too.";
     WorkerDrops = COUNTER "ripstop_worker_drops_total" ["nic", "queue", "reason"] "Packets that the worker dropped; `ripstop drops` explains the reasons.";
     WorkerTurns = COUNTER "ripstop_worker_turns_total" ["nic", "queue", "state"] "Turns of the worker's loop: busy (a burst was moved), idle.";
-    WorkerCycles = COUNTER "ripstop_worker_cycles_total" ["nic", "queue", "state"] "Time-stamp counter's cycles in turns with packets (busy) and without (idle); busy by packets received is cycles per packet.";
+    WorkerCycles = COUNTER "ripstop_worker_cycles_total" ["nic", "queue", "state"] "Time-stamp counter's cycles in turns with packets (busy), in turns without (idle), and asleep; busy by packets received is cycles per packet.";
     WorkerSleeps = COUNTER "ripstop_worker_sleeps_total" ["nic", "queue"] "Times that the worker went to sleep for want of packets.";
     WorkerKicks = COUNTER "ripstop_worker_kicks_total" ["nic", "queue"] "System calls that told the kernel to transmit or to refill.";
     WorkerSwitches = COUNTER "ripstop_worker_fib_switches_total" ["nic", "queue"] "Forwarding tables that the worker changed to.";
@@ -493,6 +495,7 @@ fn add_worker(out: &mut Exposition, worker: &WorkerStats, now_ns: u64) {
         &identity.cpu.to_string(),
         identity.mode.name(),
         identity.polling.name(),
+        identity.door.name(),
         if identity.huge_pages { "true" } else { "false" },
         node.as_deref().unwrap_or(""),
     ];
@@ -537,8 +540,25 @@ fn add_worker(out: &mut Exposition, worker: &WorkerStats, now_ns: u64) {
         (Metric::WorkerTurns, "idle", turns.saturating_sub(busy)),
         (Metric::WorkerCycles, "busy", value(Counter::BusyCycles)),
         (Metric::WorkerCycles, "idle", value(Counter::IdleCycles)),
+        (Metric::WorkerCycles, "asleep", value(Counter::AsleepCycles)),
     ] {
         out.add(metric, &[nic, queue, state], float(value));
+    }
+    for (direction, supers, members) in [
+        (
+            "receive",
+            Counter::HostRxSuperPackets,
+            Counter::HostRxCutPackets,
+        ),
+        (
+            "transmit",
+            Counter::HostTxSuperPackets,
+            Counter::HostTxJoinedPackets,
+        ),
+    ] {
+        let labels = [nic, queue, direction];
+        out.add(Metric::WorkerSuperPackets, &labels, float(value(supers)));
+        out.add(Metric::WorkerSuperMembers, &labels, float(value(members)));
     }
     for (metric, counter) in [
         (Metric::WorkerSleeps, Counter::Sleeps),
@@ -556,7 +576,8 @@ fn add_worker(out: &mut Exposition, worker: &WorkerStats, now_ns: u64) {
             KernelCounter::RxDropped
             | KernelCounter::RxInvalidDescriptors
             | KernelCounter::TxInvalidDescriptors
-            | KernelCounter::RxRingFull => (Metric::SocketDrops, counter.name()),
+            | KernelCounter::RxRingFull
+            | KernelCounter::HostDropped => (Metric::SocketDrops, counter.name()),
             KernelCounter::FillRingEmpty => (Metric::RingEmpty, "fill"),
             KernelCounter::TxRingEmpty => (Metric::RingEmpty, "transmit"),
         };

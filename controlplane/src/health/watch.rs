@@ -268,7 +268,9 @@ fn without_zero_copy(workers: &[WorkerStats]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ripstop_fib::stats::{Gauge, KernelCounter, Polling, WorkerCounters, WorkerIdentity};
+    use ripstop_fib::stats::{
+        Door, Gauge, KernelCounter, Polling, Transmit, WorkerCounters, WorkerIdentity,
+    };
 
     fn watcher() -> Watcher {
         Watcher::new(PathBuf::new(), Arc::new(Health::new().unwrap()))
@@ -285,6 +287,8 @@ mod tests {
                 mode,
                 wants_zero_copy,
                 polling: Polling::Adaptive,
+                door: Door::Tun,
+                transmit: [Transmit::AfXdp; 2],
                 frames: 64,
                 frame_size: 2048,
                 huge_pages: false,

@@ -11,7 +11,8 @@ use ripstop_controlplane::lease::Lease;
 use ripstop_controlplane::state::State;
 use ripstop_fib::map::{self, DATAPLANE_LOCK, ProcessLock, open_fib};
 use ripstop_fib::stats::{
-    Gauge, KernelCounter, Mode, NicStats, Polling, Stats, WorkerCounters, WorkerIdentity,
+    Door, Gauge, KernelCounter, Mode, NicStats, Polling, Stats, Transmit, WorkerCounters,
+    WorkerIdentity,
 };
 use ripstop_fib::{Image, LeaseRecord, Region};
 
@@ -247,6 +248,8 @@ fn work(
         mode,
         wants_zero_copy: true,
         polling: Polling::Adaptive,
+        door: Door::Tun,
+        transmit: [Transmit::AfXdp; 2],
         frames: 64,
         frame_size: 2048,
         huge_pages: false,

@@ -79,7 +79,7 @@ mod umem;
 pub use error::Error;
 pub use frame::{FRAME_RESERVED, Frame, NoRoom};
 pub use socket::{
-    BusyPoll, Interface, Mode, ModeInUse, PACKET_FRAMES_MAX, Receiver, Socket, SocketHandle,
-    SocketOptions, Statistics, Transmitter,
+    BusyPoll, Interface, Mode, ModeInUse, PACKET_FRAMES_MAX, Receiver, Registration, Socket,
+    SocketHandle, SocketOptions, Statistics, Transmitter,
 };
 pub use umem::{Census, ChecksumError, Memory, Umem, UmemOptions};

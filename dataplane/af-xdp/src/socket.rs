@@ -113,11 +113,22 @@ pub struct BusyPoll {
     pub budget: u32,
 }
 
+/// How the kernel gets to know a UMEM that has a socket already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Registration {
+    /// By the first socket, whose registration is shared (`XDP_SHARED_UMEM`).
+    #[default]
+    Shared,
+    /// By a registration of its own. So one UMEM serves a queue in zero-copy mode and another in
+    /// copy mode; its memory counts twice towards the limit of locked memory.
+    Own,
+}
+
 /// What a socket shall be.
 ///
-/// Sockets after the first on the same UMEM inherit `mode`, `need_wakeup` and `multi_buffer` from
-/// it: the kernel allows no choice (`xsk_bind` in `net/xdp/xsk.c`). Opening fails if they ask for a
-/// mode that the first has not got.
+/// Sockets that share a registration inherit `mode`, `need_wakeup` and `multi_buffer` from the
+/// first: the kernel allows no choice (`xsk_bind` in `net/xdp/xsk.c`). Opening fails if they ask
+/// for a mode that the first has not got.
 #[derive(Clone, Debug)]
 pub struct SocketOptions {
     /// How packets shall move.
@@ -142,6 +153,8 @@ pub struct SocketOptions {
     pub tx_budget: Option<u32>,
     /// How long to wait for a queue that another socket holds.
     pub busy_wait: Duration,
+    /// Whether to share the registration of a socket that the UMEM has already.
+    pub registration: Registration,
 }
 
 impl Default for SocketOptions {
@@ -157,6 +170,7 @@ impl Default for SocketOptions {
             busy_poll: None,
             tx_budget: None,
             busy_wait: Duration::from_secs(2),
+            registration: Registration::Shared,
         }
     }
 }
@@ -225,8 +239,9 @@ impl Socket {
     /// Opens a socket on one queue of an interface, in the network namespace of the calling
     /// thread.
     ///
-    /// The first socket on a UMEM registers it; others share it, each with fill and completion
-    /// rings of its own, so each must be on another queue or interface. Nothing is received
+    /// The first socket on a UMEM registers it; others share that, unless they are to have their
+    /// own, each with fill and completion rings of its own, so each must be on another queue or
+    /// interface. Nothing is received
     /// before [`Receiver::refill`], nor before an XDP program redirects packets to the socket.
     ///
     /// Frames that a closed socket still had in its rings stay lent until the UMEM gets another
@@ -241,7 +256,10 @@ impl Socket {
         queue: u32,
         options: &SocketOptions,
     ) -> Result<Self, Error> {
-        let shared = umem.registered_on();
+        let shared = match options.registration {
+            Registration::Shared => umem.registered_on(),
+            Registration::Own => None,
+        };
         let settled = match &shared {
             Some((_, settled)) => *settled,
             None => Settled {

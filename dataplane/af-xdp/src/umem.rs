@@ -204,6 +204,32 @@ impl Umem {
     pub fn new(options: &UmemOptions) -> Result<Self, Error> {
         let len = options.check()?;
         let (memory, file) = numa::on_node(options.numa_node, || options.map(len))?;
+        Self::on(options, memory, file)
+    }
+
+    /// Makes a UMEM of the first bytes of `file`, such as a BPF map that a program reads packets from. Of the options,
+    /// `memory`, `huge_pages` and `numa_node` are the file's and do not count.
+    ///
+    /// # Errors
+    ///
+    /// As [`Umem::new`]; the file cannot be mapped, for example because it is shorter.
+    ///
+    /// # Safety
+    ///
+    /// As long as the UMEM lives nobody but the UMEM writes those bytes of the file or takes them away.
+    pub unsafe fn from_file(options: &UmemOptions, file: OwnedFd) -> Result<Self, Error> {
+        let options = UmemOptions {
+            huge_pages: false,
+            ..options.clone()
+        };
+        let len = options.check()?;
+        let bytes = usize::try_from(len).unwrap_or(usize::MAX);
+        let memory = Mapping::shared(file.as_fd(), bytes, 0)
+            .map_err(|source| Error::system("map", format!("UMEM of {len} bytes"), source))?;
+        Self::on(&options, memory, Some(file))
+    }
+
+    fn on(options: &UmemOptions, memory: Mapping, file: Option<OwnedFd>) -> Result<Self, Error> {
         let frames = options.frames;
         // The first frame to be taken is the first in memory.
         let free = (0..frames).rev().collect();
@@ -230,6 +256,18 @@ impl Umem {
         let chunk = self.free.pop()?;
         self.owners[chunk as usize] = Owner::HELD;
         Frame::new(self.id, chunk, self.shift, self.default_start(), 0)
+    }
+
+    /// Where a frame's packet lies: the frame's number, which times the frame size is its place in the memory, and the
+    /// packet's first byte in the frame. For others who read the memory, such as a BPF program.
+    ///
+    /// # Panics
+    ///
+    /// When the frame belongs to another UMEM.
+    #[inline]
+    pub fn place(&self, frame: &Frame) -> (u32, usize) {
+        self.check(frame);
+        (frame.chunk, frame.start())
     }
 
     /// Puts a frame back into the pool.

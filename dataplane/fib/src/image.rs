@@ -15,6 +15,7 @@ use crate::checksum::checksum_words;
 use crate::lpm::{self, AdjacencyId, Base6, CHUNK_WORDS, Encap, PathsId, ROOT_WORDS};
 use crate::node::{Node, UPLINKS, whole};
 use crate::peers::{self, BUCKET4_WORDS, BUCKET6_WORDS, PeerCheck};
+use crate::prefetch::prefetch;
 use crate::sync::{Ordering, Word};
 
 pub use crate::lpm::{Hop, Leaf};
@@ -301,70 +302,68 @@ impl<'r> Image<'r> {
         peers::check6(self.peers6, outer, inner)
     }
 
-    /// Touches what [`Image::lookup4`] and [`Image::template`] will read for this destination, so that it is on its way
-    /// into the cache: the loads of several packets overlap, which one after the other they would not. The value means
-    /// nothing; it is there to be used, or the compiler would leave the loads out.
+    /// Brings what [`Image::lookup4`] and [`Image::template`] will read for this destination towards the cache: the
+    /// misses of a burst's packets overlap, which one after the other they would not.
     #[inline]
-    pub fn warm_route4(&self, addr: u32) -> u64 {
-        self.warm_hop(self.lookup4(addr))
+    pub fn prefetch_route4(&self, addr: u32) {
+        self.prefetch_hop(self.lookup4(addr));
     }
 
     /// The same where the route leads to an adjacency of this kind: less code.
     #[inline(always)]
-    pub fn warm_template4(&self, addr: u32, encap: Encap) -> u64 {
-        self.warm_template(self.leaf4(addr), encap)
+    pub fn prefetch_template4(&self, addr: u32, encap: Encap) {
+        self.prefetch_template(self.leaf4(addr), encap);
     }
 
-    /// As [`Image::warm_template4`].
+    /// As [`Image::prefetch_template4`].
     #[inline(always)]
-    pub fn warm_template6(&self, addr: &[u8; 16], encap: Encap) -> u64 {
-        self.warm_template(self.leaf6(addr), encap)
+    pub fn prefetch_template6(&self, addr: &[u8; 16], encap: Encap) {
+        self.prefetch_template(self.leaf6(addr), encap);
     }
 
     #[inline(always)]
-    fn warm_template(&self, leaf: Leaf, encap: Encap) -> u64 {
-        match leaf.via(encap) {
-            Some(id) => self.warm_adjacency(encap, id),
-            None => 0,
+    fn prefetch_template(&self, leaf: Leaf, encap: Encap) {
+        if let Some(id) = leaf.via(encap) {
+            self.prefetch_adjacency(encap, id);
         }
     }
 
-    /// As [`Image::warm_route4`].
+    /// As [`Image::prefetch_route4`].
     #[inline]
-    pub fn warm_route6(&self, addr: &[u8; 16]) -> u64 {
-        self.warm_hop(self.lookup6(addr))
+    pub fn prefetch_route6(&self, addr: &[u8; 16]) {
+        self.prefetch_hop(self.lookup6(addr));
     }
 
     #[inline]
-    fn warm_hop(&self, hop: Hop) -> u64 {
+    fn prefetch_hop(&self, hop: Hop) {
         match hop {
-            Hop::Via(encap, id) => self.warm_adjacency(encap, id),
-            Hop::Paths(id) => first_word(self.paths, id.0 as usize * PATHS_WORDS),
-            Hop::None | Hop::Local | Hop::Unresolved => 0,
+            Hop::Via(encap, id) => self.prefetch_adjacency(encap, id),
+            Hop::Paths(id) => prefetch(self.paths, id.0 as usize * PATHS_WORDS),
+            Hop::None | Hop::Local | Hop::Unresolved => {}
         }
     }
 
     #[inline(always)]
-    fn warm_adjacency(&self, encap: Encap, id: AdjacencyId) -> u64 {
+    fn prefetch_adjacency(&self, encap: Encap, id: AdjacencyId) {
         if encap.is_long() {
             // The last of its two cache lines; the processor fetches neighbours in pairs.
             let last = id.0 as usize * LONG_WORDS + LONG_WORDS - 1;
-            first_word(self.long_templates, last)
+            prefetch(self.long_templates, last);
         } else {
-            first_word(self.templates, id.0 as usize * SHORT_WORDS)
+            prefetch(self.templates, id.0 as usize * SHORT_WORDS);
         }
     }
 
-    /// Touches what [`Image::check_peer4`] will read for this outer source; as [`Image::warm_route4`].
+    /// The same for what [`Image::check_peer4`] will read for this outer source.
     #[inline(always)]
-    pub fn warm_peer4(&self, outer: u32) -> u64 {
-        first_word(self.peers4, peers::place4(self.peers4, outer))
+    pub fn prefetch_peer4(&self, outer: u32) {
+        prefetch(self.peers4, peers::place4(self.peers4, outer));
     }
 
-    /// As [`Image::warm_peer4`].
+    /// As [`Image::prefetch_peer4`].
     #[inline(always)]
-    pub fn warm_peer6(&self, outer: &[u8; 16]) -> u64 {
-        first_word(self.peers6, peers::place6(self.peers6, outer))
+    pub fn prefetch_peer6(&self, outer: &[u8; 16]) {
+        prefetch(self.peers6, peers::place6(self.peers6, outer));
     }
 
     /// Number of adjacencies.

@@ -30,6 +30,7 @@ mod lpm;
 pub mod map;
 mod node;
 mod peers;
+mod prefetch;
 pub mod publish;
 pub mod stats;
 pub mod sync;

@@ -123,6 +123,16 @@ catalogue! {
         BusyCycles = "busy_cycles";
         /// The same in turns that had none. Sleep is in neither.
         IdleCycles = "idle_cycles";
+        /// Super-packets that the host handed over uncut.
+        HostRxSuperPackets = "host_rx_super_packets";
+        /// Packets received from the host door that were cut from those.
+        HostRxCutPackets = "host_rx_cut_packets";
+        /// Super-packets that were joined for the host.
+        HostTxSuperPackets = "host_tx_super_packets";
+        /// Packets delivered to the host door that went into those.
+        HostTxJoinedPackets = "host_tx_joined_packets";
+        /// Cycles of the time-stamp counter from the end of the turn before a sleep until the worker was awake again.
+        AsleepCycles = "asleep_cycles";
     }
 }
 
@@ -155,6 +165,8 @@ catalogue! {
         FillRingEmpty = "fill_ring_empty";
         /// Times that the kernel found nothing to send in the transmit ring.
         TxRingEmpty = "tx_ring_empty";
+        /// Packets of this node that the kernel dropped on the way to the worker: the host door's socket had no room, or the packet did not fit a frame. Of a TUN device the kernel counts them as dropped by rip0.
+        HostDropped = "host_dropped";
     }
 }
 
@@ -210,6 +222,26 @@ catalogue! {
     }
 }
 
+catalogue! {
+    /// What the host door is.
+    Door {
+        /// A TUN device: super-packets, a system call for each.
+        Tun = "tun";
+        /// A veth pair with an AF_XDP socket on its far end: small packets for less.
+        Veth = "veth";
+    }
+}
+
+catalogue! {
+    /// How a worker sends on a device that it has a socket on.
+    Transmit {
+        /// By the socket.
+        AfXdp = "af-xdp";
+        /// Large bursts by XDP live frames, the rest by the socket.
+        Inject = "inject";
+    }
+}
+
 const _: () = assert!(W_COUNTERS + Counter::COUNT <= W_DROPS);
 const _: () = assert!(W_DROPS + DropReason::COUNT <= W_GAUGES);
 const _: () = assert!(W_GAUGES + Gauge::COUNT <= W_KERNEL);
@@ -232,6 +264,10 @@ pub struct WorkerIdentity {
     pub wants_zero_copy: bool,
     /// How it waits.
     pub polling: Polling,
+    /// Its way into the host.
+    pub door: Door,
+    /// How it sends on the NIC, and to a host door that is a veth pair.
+    pub transmit: [Transmit; 2],
     /// Frames of its UMEM.
     pub frames: u32,
     /// Bytes of a frame.
@@ -410,7 +446,11 @@ impl<'r> Stats<'r> {
         let place = u64::from(identity.queue) | (u64::from(identity.cpu) << 32);
         self.worker_word(worker, W_PLACE)
             .store(place, Ordering::Relaxed);
-        let facts = identity.mode as u64 | ((identity.polling as u64) << 8);
+        let facts = identity.mode as u64
+            | ((identity.polling as u64) << 8)
+            | ((identity.door as u64) << 16)
+            | ((identity.transmit[0] as u64) << 24)
+            | ((identity.transmit[1] as u64) << 32);
         self.worker_word(worker, W_FACTS)
             .store(facts, Ordering::Relaxed);
         let frames = u64::from(identity.frames) | (u64::from(identity.frame_size) << 32);
@@ -516,6 +556,14 @@ impl<'r> Stats<'r> {
             .get(((facts >> 8) & 0xff) as usize)
             .copied()
             .unwrap_or(Polling::Adaptive);
+        let door = Door::ALL
+            .get(((facts >> 16) & 0xff) as usize)
+            .copied()
+            .unwrap_or(Door::Tun);
+        let transmit = [24, 32].map(|shift| {
+            let kind = Transmit::ALL.get(((facts >> shift) & 0xff) as usize);
+            kind.copied().unwrap_or(Transmit::AfXdp)
+        });
         WorkerStats {
             identity: WorkerIdentity {
                 nic: unpack_name([load(W_NAME), load(W_NAME + 1)]),
@@ -524,6 +572,8 @@ impl<'r> Stats<'r> {
                 mode,
                 wants_zero_copy: load(W_WANTED) & 1 != 0,
                 polling,
+                door,
+                transmit,
                 frames: frames as u32,
                 frame_size: (frames >> 32) as u32,
                 huge_pages: memory & 1 != 0,

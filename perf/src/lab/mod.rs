@@ -44,6 +44,7 @@ pub use plan::{Backend, BondMode, Families, Underlay};
 pub use ripstop::{DETOUR_TABLE, Workers};
 
 use plan::Plan;
+pub(crate) use setup::set_offloads;
 
 use crate::address::{self, Family};
 use crate::counters::{KernelCounters, LinkCounters};
@@ -54,6 +55,19 @@ use crate::sys;
 
 /// Where the descriptions of labs are.
 const STATE_DIR: &str = "/run/ripstop-lab";
+
+/// Environment variable with a JSON object: keys for the data-plane configuration files of every lab, so that any test
+/// runs with another host door, for example.
+pub const DATAPLANE_VARIABLE: &str = "RIPSTOP_LAB_DATAPLANE";
+
+/// Adds the keys of one object to another, in place of those that it has.
+fn merge(into: &mut Value, keys: Value) {
+    match (into, keys) {
+        (Value::Object(into), Value::Object(keys)) => into.extend(keys),
+        (_, Value::Null) => {}
+        (into, keys) => *into = keys,
+    }
+}
 
 /// The machine's cores, for as long as the guard lives: of the tests of one process, one at a time has them.
 pub fn machine() -> MutexGuard<'static, ()> {
@@ -291,6 +305,13 @@ impl LabBuilder {
         self
     }
 
+    /// The IPv4 network of the pods, in prefix notation: one that has `10.244.0.0/16`, which is what it is unless said
+    /// otherwise, and room for the leases of nodes that the lab does not have.
+    pub fn pod_network(mut self, network: impl Into<String>) -> Self {
+        self.plan.network = network.into();
+        self
+    }
+
     /// flannel's backend; VXLAN unless said otherwise.
     pub fn backend(mut self, backend: Backend) -> Self {
         self.plan.backend = backend;
@@ -348,16 +369,17 @@ impl LabBuilder {
         self
     }
 
-    /// Keys to add to (or change in) every data-plane configuration file.
+    /// Keys to add to (or change in) every data-plane configuration file, on top of those of the environment
+    /// ([`DATAPLANE_VARIABLE`]).
     pub fn dataplane_config(mut self, keys: Value) -> Self {
-        self.dataplane = keys;
+        merge(&mut self.dataplane, keys);
         self
     }
 
     /// Brings the lab up. No Ripstop process runs in it yet.
     ///
     /// # Errors
-    /// Not root, a name that is taken, more nodes or pods than addresses, or the kernel refuses
+    /// [`DATAPLANE_VARIABLE`] is not JSON, not root, a name that is taken, more nodes or pods than addresses, or the kernel refuses
     /// something; what was already there is taken down again.
     pub fn up(self) -> Result<Lab> {
         ensure!(
@@ -405,9 +427,14 @@ impl LabBuilder {
             address::SECOND_UPLINK - 1
         );
         sweep();
+        let mut dataplane = match env::var(DATAPLANE_VARIABLE) {
+            Ok(text) => serde_json::from_str(&text).context(DATAPLANE_VARIABLE)?,
+            Err(_) => Value::Null,
+        };
+        merge(&mut dataplane, self.dataplane.clone());
         let description = self.claim_name()?;
         let lab = Lab::of(description);
-        lab.set_up(&self.dataplane)
+        lab.set_up(&dataplane)
             .with_context(|| format!("bring up lab {}", lab.name()))?;
         Ok(lab)
     }

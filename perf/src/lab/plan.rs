@@ -176,6 +176,8 @@ pub(super) struct Plan {
     /// Peers on the same segment get packets without a tunnel (`DirectRouting`).
     pub(super) direct: bool,
     pub(super) families: Families,
+    /// The IPv4 network that all leases lie in.
+    pub(super) network: String,
     pub(super) mtu: u16,
     /// The segment of each node; beyond the end, segment 0. Segments are joined by the fabric as a router.
     pub(super) segments: Vec<u8>,
@@ -193,6 +195,7 @@ impl Plan {
             backend: Backend::Vxlan,
             direct: false,
             families: Families::Ipv4,
+            network: address::POD_NETWORK.to_owned(),
             mtu: 1500,
             segments: Vec::new(),
             routers: 1,
@@ -276,7 +279,7 @@ impl Plan {
             conf["IPv6Network"] = address::POD_NETWORK6.into();
         }
         if self.families.has(Family::Ipv4) {
-            conf["Network"] = address::POD_NETWORK.into();
+            conf["Network"] = self.network.as_str().into();
         } else {
             conf["EnableIPv4"] = false.into();
         }

@@ -252,7 +252,11 @@ impl Node {
                 value.unwrap_or(default)
             };
             held += number("/rings/rx", RING) + number("/rings/tx", RING);
-            held += 2 * number("/burst", BURST) + TUN_QUEUE + VETH_RING;
+            held += 2 * number("/burst", BURST) + VETH_RING;
+            held += match config.pointer("/hostDoor/kind").and_then(Value::as_str) {
+                Some("veth") => number("/rings/rx", RING) + number("/rings/tx", RING) + VETH_RING,
+                _ => TUN_QUEUE,
+            };
         }
         Ok(held)
     }

@@ -282,7 +282,7 @@ impl Lab {
                      route add default via {gateway}\n\
                      route add {} via {gateway}\n",
                     pod.address(),
-                    address::POD_NETWORK,
+                    self.plan().network,
                     gateway = address::gateway(pod.node()),
                 ),
                 Family::Ipv6 => format!(
@@ -348,13 +348,13 @@ impl Lab {
             ),
             Family::Ipv6 => (
                 address::vtep_mac6(index),
-                format!("{}/128", address::subnet6(index)),
+                format!("{}/128 nodad", address::subnet6(index)),
             ),
         };
         let mut links = format!(
             "link add name {device} address {mac} mtu {} type vxlan \
              id {} local {} dev {} dstport {} nolearning\n\
-             addr add {host_route} dev {device}\n\
+             addr add dev {device} {host_route}\n\
              link set {device} up\n",
             self.pod_mtu_of(family),
             address::VNI,
@@ -431,7 +431,7 @@ impl Lab {
              link set {device} up\n\
              route add {} dev {device}\n",
             address::subnet(index),
-            address::POD_NETWORK,
+            self.plan().network,
         );
         node.netns().batch("ip", &lines)
     }
@@ -584,7 +584,7 @@ fn flannel_rules(plan: &Plan, node: u8) -> String {
             Family::Ipv4 => (
                 "ip",
                 "flannel-ipv4",
-                address::POD_NETWORK,
+                plan.network.as_str(),
                 address::subnet_prefix(node),
                 "224.0.0.0/4",
             ),
@@ -627,12 +627,21 @@ fn flannel_rules(plan: &Plan, node: u8) -> String {
 
 /// Switches the offloads of interfaces off.
 fn make_a_wire(namespace: &Netns, interfaces: &[&str]) -> Result<()> {
+    set_offloads(namespace, interfaces, false)
+}
+
+/// Switches the offloads of interfaces, all that a veth can have.
+///
+/// # Errors
+/// `ethtool` is not there, or it could change nothing.
+pub(crate) fn set_offloads(namespace: &Netns, interfaces: &[&str], on: bool) -> Result<()> {
+    let state = if on { "on" } else { "off" };
     namespace.run(|| {
         for interface in interfaces {
             let mut command = Command::new("ethtool");
             command.args(["-K", interface]);
             for offload in OFFLOADS {
-                command.args([offload, "off"]);
+                command.args([offload, state]);
             }
             let output = command
                 .output()
@@ -640,7 +649,7 @@ fn make_a_wire(namespace: &Netns, interfaces: &[&str]) -> Result<()> {
             let stderr = String::from_utf8_lossy(&output.stderr);
             ensure!(
                 output.status.success(),
-                "switch off offloads of {interface}: {stderr}"
+                "switch offloads of {interface} {state}: {stderr}"
             );
         }
         Ok(())

@@ -14,6 +14,7 @@ pub use echo::{EchoReport, udp_echo, udp_echo_over};
 pub use flow::{Mark, TrafficHandle, TrafficReport, UDP_PAYLOAD_MIN, UdpFlow};
 pub use group::TrafficGroup;
 pub use ping::{Ping, PingReport};
+pub(crate) use tcp::accept;
 pub use tcp::{TcpReport, tcp_transfer, tcp_transfer_over};
 
 use std::net::UdpSocket;
@@ -36,7 +37,7 @@ pub const fn udp_payload_max_over(family: Family, mtu: u16) -> usize {
 }
 
 /// A UDP socket bound to a host's address and a free port.
-fn udp_socket(host: &dyn Host, family: Family) -> Result<UdpSocket> {
+pub(crate) fn udp_socket(host: &dyn Host, family: Family) -> Result<UdpSocket> {
     let address = (host.address_of(family), 0);
     host.netns()
         .run(|| UdpSocket::bind(address))?
@@ -45,12 +46,12 @@ fn udp_socket(host: &dyn Host, family: Family) -> Result<UdpSocket> {
 
 /// A generator of bytes that a receiver can repeat (SplitMix64).
 #[derive(Debug, Clone)]
-struct Pattern {
+pub(crate) struct Pattern {
     state: u64,
 }
 
 impl Pattern {
-    fn seeded(seed: u64) -> Self {
+    pub(crate) fn seeded(seed: u64) -> Self {
         Self { state: seed }
     }
 
@@ -62,7 +63,7 @@ impl Pattern {
         word ^ word >> 31
     }
 
-    fn fill(&mut self, bytes: &mut [u8]) {
+    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
         for chunk in bytes.chunks_mut(8) {
             let word = self.word().to_le_bytes();
             chunk.copy_from_slice(&word[..chunk.len()]);
@@ -70,7 +71,7 @@ impl Pattern {
     }
 
     /// Whether the bytes are those that [`Pattern::fill`] would have written.
-    fn matches(&mut self, bytes: &[u8]) -> bool {
+    pub(crate) fn matches(&mut self, bytes: &[u8]) -> bool {
         let mut same = true;
         for chunk in bytes.chunks(8) {
             let word = self.word().to_le_bytes();
@@ -82,7 +83,7 @@ impl Pattern {
 
 /// A number that differs from run to run and from call to call, so that late packets of one run
 /// are not taken for another's.
-fn run_tag() -> u32 {
+pub(crate) fn run_tag() -> u32 {
     use core::hash::{BuildHasher, Hasher};
     let hash = std::collections::hash_map::RandomState::new()
         .build_hasher()

@@ -98,7 +98,7 @@ pub fn tcp_transfer_over(
 }
 
 /// The client's connect may be complete an instant before the server's side of it.
-fn accept(listener: &TcpListener) -> Result<TcpStream> {
+pub(crate) fn accept(listener: &TcpListener) -> Result<TcpStream> {
     listener.set_nonblocking(true).context("listener")?;
     let mut accepted = None;
     wait_until("the connection is accepted", STALL, || {

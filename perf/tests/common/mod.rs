@@ -85,13 +85,14 @@ fn probe(lab: &Lab, node: &Node) -> Vec<u8> {
 
 /// All that is counted of packets and frames, apart from neighbour discovery, which never ends.
 fn account_of(workers: &Workers) -> Vec<u64> {
-    const LOOP: [Counter; 6] = [
+    const LOOP: [Counter; 7] = [
         Counter::Turns,
         Counter::BusyTurns,
         Counter::Sleeps,
         Counter::Kicks,
         Counter::BusyCycles,
         Counter::IdleCycles,
+        Counter::AsleepCycles,
     ];
     let mut account = Vec::new();
     for worker in &workers.workers {
@@ -113,7 +114,11 @@ fn account_of(workers: &Workers) -> Vec<u64> {
 }
 
 /// What the kernel calls packets that it took for a socket and did not deliver.
-const LOST: [KernelCounter; 2] = [KernelCounter::RxDropped, KernelCounter::RxRingFull];
+const LOST: [KernelCounter; 3] = [
+    KernelCounter::RxDropped,
+    KernelCounter::RxRingFull,
+    KernelCounter::HostDropped,
+];
 
 /// The counters of a table of nftables, without those that are zero.
 pub(crate) fn nft_counts(node: &Node, table: [&str; 2]) -> Result<BTreeMap<String, u64>> {
@@ -212,10 +217,7 @@ pub(crate) fn check_conservation(name: &str, workers: &Workers) -> Result<()> {
     }
     let redirected = xdp(workers, XdpCounter::Redirected);
     let arrived = workers.total(Counter::NicRxPackets);
-    let lost: u64 = LOST
-        .into_iter()
-        .map(|counter| workers.kernel(counter))
-        .sum();
+    let lost = workers.kernel(KernelCounter::RxDropped) + workers.kernel(KernelCounter::RxRingFull);
     ensure!(
         redirected == arrived + lost,
         "{name}: of {redirected} frames for the sockets {arrived} arrived and {lost} are known to be lost: {workers:#?}"

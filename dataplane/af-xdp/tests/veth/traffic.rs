@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use af_xdp::{BusyPoll, Memory, ModeInUse, SocketOptions, Umem, UmemOptions};
+use af_xdp::{BusyPoll, Memory, ModeInUse, Registration, SocketOptions, Umem, UmemOptions};
 
 use crate::lab::Lab;
 use crate::port::{
@@ -114,6 +114,15 @@ fn received_packets_have_headroom_for_a_tunnel_header() {
 /// the other port.
 #[test]
 fn two_sockets_on_one_umem_forward_in_place() {
+    forward_in_place(Registration::Shared);
+}
+
+#[test]
+fn two_sockets_with_a_registration_each_forward_in_place() {
+    forward_in_place(Registration::Own);
+}
+
+fn forward_in_place(registration: Registration) {
     const OUTER: usize = 50;
     let lab = Lab::new();
     lab.veth("g0", "w0", 1500);
@@ -124,7 +133,13 @@ fn two_sockets_on_one_umem_forward_in_place() {
 
     let mut umem = Umem::new(&small_umem()).expect("memory for a UMEM");
     let mut inner = open(&lab, &mut umem, "w0", &options);
-    let mut outer = open(&lab, &mut umem, "w1", &options);
+    let second = SocketOptions {
+        registration,
+        // What a shared registration would have to inherit.
+        need_wakeup: registration == Registration::Shared,
+        ..options.clone()
+    };
+    let mut outer = open(&lab, &mut umem, "w1", &second);
     let _redirect = listen(&lab, &mut umem, &mut inner, false);
     let mut burst = Vec::with_capacity(BURST as usize);
 

@@ -4,8 +4,8 @@
 use crate::example::{image, values};
 use ripstop_fib::publish::{SLOT_WORDS, SLOTS, region_words};
 use ripstop_fib::stats::{
-    Counter, Gauge, KernelCounter, Mode, NicStats, Polling, STATS_WORDS, Stats, WorkerCounters,
-    WorkerIdentity, XdpCounter,
+    Counter, Door, Gauge, KernelCounter, Mode, NicStats, Polling, STATS_WORDS, Stats, Transmit,
+    WorkerCounters, WorkerIdentity, XdpCounter,
 };
 use ripstop_fib::sync::words;
 use ripstop_fib::{ABI_VERSION, DropReason, Publisher, Reader, Region, Word};
@@ -227,6 +227,8 @@ fn a_stats_region() {
         mode: Mode::Copy,
         wants_zero_copy: true,
         polling: Polling::Adaptive,
+        door: Door::Veth,
+        transmit: [Transmit::AfXdp, Transmit::Inject],
         frames: 4096,
         frame_size: 2048,
         huge_pages: true,
@@ -268,7 +270,7 @@ fn a_stats_region() {
             (worker_block + 8, 1, u64::from_le_bytes(*b"enp1s0f0")),
             (worker_block + 9, 1, u64::from_le_bytes(*b"np0\0\0\0\0\0")),
             (worker_block + 10, 1, 5 << 32 | 3),
-            (worker_block + 11, 1, 0x0101),
+            (worker_block + 11, 1, 0x01_0001_0101),
             (worker_block + 12, 1, 2048 << 32 | 4096),
             (worker_block + 13, 1, 4 << 8 | 1),
             (worker_block + 14, 1, 1),
@@ -300,18 +302,23 @@ fn the_catalogues() {
         join(XdpCounter::ALL.iter().map(|item| item.name()).collect()),
         join(Mode::ALL.iter().map(|item| item.name()).collect()),
         join(Polling::ALL.iter().map(|item| item.name()).collect()),
+        join(Door::ALL.iter().map(|item| item.name()).collect()),
+        join(Transmit::ALL.iter().map(|item| item.name()).collect()),
         join(DropReason::ALL.iter().map(|item| item.name()).collect()),
     ];
     let expected = [
         "nic_rx_packets nic_rx_bytes nic_tx_packets nic_tx_bytes host_rx_packets host_rx_bytes \
-         host_tx_packets host_tx_bytes turns busy_turns sleeps kicks image_switches busy_cycles idle_cycles",
+         host_tx_packets host_tx_bytes turns busy_turns sleeps kicks image_switches busy_cycles idle_cycles \
+         host_rx_super_packets host_rx_cut_packets host_tx_super_packets host_tx_joined_packets asleep_cycles",
         "free receiving transmitting held",
         "rx_dropped rx_invalid_descriptors tx_invalid_descriptors rx_ring_full fill_ring_empty \
-         tx_ring_empty",
+         tx_ring_empty host_dropped",
         "redirected no_socket fragment ip_options bad_length vxlan_flags other_vni too_long \
          passed_other stalled other_vlan udp_checksum",
         "zero-copy copy generic",
         "busy adaptive",
+        "tun veth",
+        "af-xdp inject",
         "outer_truncated outer_header outer_fragment outer_checksum outer_length outer_destination \
          vxlan_flags vxlan_vni unknown_peer inner_truncated inner_destination_mac inner_source_mac \
          inner_vlan inner_ether_type inner_header inner_length inner_checksum inner_source \

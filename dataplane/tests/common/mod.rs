@@ -1,0 +1,28 @@
+//! What tests of devices need: a network namespace of their own, and `ip`.
+
+use std::io;
+use std::process::Command;
+
+/// Gives the calling thread a network namespace, which the kernel removes with the thread.
+pub(crate) fn own_namespace() {
+    // SAFETY: takes a number; only this thread changes its namespace.
+    let status = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    let why = "these tests need root (a network namespace of their own)";
+    assert_eq!(status, 0, "{why}: {}", io::Error::last_os_error());
+}
+
+/// What `ip` says.
+pub(crate) fn ip(arguments: &str) -> String {
+    run("ip", arguments)
+}
+
+/// What a program says that does what it is told.
+pub(crate) fn run(program: &str, arguments: &str) -> String {
+    let output = Command::new(program)
+        .args(arguments.split_whitespace())
+        .output()
+        .unwrap_or_else(|error| panic!("{program}: {error}; make setup installs it"));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
