@@ -214,7 +214,9 @@ fn live_frames_carry_what_the_socket_does() -> Result<()> {
         lab.fabric()
             .output(&["ethtool", "-K", &port, "gro", "off"])?;
         wait_until("the worker has noticed", PATIENCE, || {
-            lab.node(1).dataplane_log().contains("taken=false")
+            lab.node(1)
+                .dataplane_log()
+                .contains("takes no live frames any more")
         })?;
         received(flows[0].snapshot().received + 10_000)?;
         for report in flows.map(TrafficHandle::stop) {
