@@ -42,8 +42,9 @@ impl PerfCheck {
         let scenario = Scenario::load(&self.scenario)?;
         let stop = stop_flag()?;
         let began = now();
-        let base = programs(&self.base, "base")?;
-        let head = programs(&self.head, "head")?;
+        let (base, head) = (Programs::find(&self.base)?, Programs::find(&self.head)?);
+        warn_of_changes([&base, &head])?;
+        let (base, head) = (base.build("base")?, head.build("head")?);
         let progress = Progress::on_terminal();
         progress.begin(u64::from(self.rounds) * 2);
         let measure = |side| {
@@ -112,59 +113,90 @@ fn one_round(scenario: &str, folder: &Path) -> Result<RunResult> {
     Ok(run)
 }
 
-/// The folder with the programs of a commit, which are built there if it is not a folder already.
-fn programs(commit_or_folder: &str, side: &str) -> Result<PathBuf> {
-    let folder = Path::new(commit_or_folder);
-    if folder.join("ripstop-dataplane").is_file() {
-        return folder.canonicalize().context("find the programs");
-    }
-    let place = env::current_dir()
-        .context("find the working directory")?
-        .join("target/perf-check")
-        .join(side);
-    let (tree, build) = (place.join("tree"), place.join("build"));
-    fs::create_dir_all(&place).with_context(|| place.display().to_string())?;
-    // What a run that was killed has left.
-    if tree.exists() {
-        git(&[
-            OsStr::new("worktree"),
-            "remove".as_ref(),
-            "--force".as_ref(),
-            tree.as_ref(),
-        ])?;
-    }
-    git(&["worktree".as_ref(), "prune".as_ref()])?;
-    git(&[
-        "worktree".as_ref(),
-        "add".as_ref(),
-        "--detach".as_ref(),
-        tree.as_ref(),
-        commit_or_folder.as_ref(),
-    ])?;
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.args([
-        "build",
-        "--release",
-        "--package",
-        "ripstop-dataplane",
-        "--package",
-        "ripstop-controlplane",
-        "--bins",
-    ]);
-    command.current_dir(&tree).env("CARGO_TARGET_DIR", &build);
-    let built = command.status().context("run cargo");
-    git(&[
-        "worktree".as_ref(),
-        "remove".as_ref(),
-        "--force".as_ref(),
-        tree.as_ref(),
-    ])?;
-    ensure!(built?.success(), "{commit_or_folder} does not build");
-    Ok(build.join("release"))
+/// What a side is named by: a folder with programs, or a commit, which is found before anything is built.
+enum Programs {
+    Folder(PathBuf),
+    Commit(String),
 }
 
-fn git(arguments: &[&OsStr]) -> Result<()> {
+impl Programs {
+    fn find(commit_or_folder: &str) -> Result<Self> {
+        let folder = Path::new(commit_or_folder);
+        if folder.join("ripstop-dataplane").is_file() {
+            let folder = folder.canonicalize().context("find the programs")?;
+            return Ok(Self::Folder(folder));
+        }
+        let commit = format!("{commit_or_folder}^{{commit}}");
+        let known = git([&"rev-parse", &"--verify", &"--end-of-options", &commit]);
+        let known = known.with_context(|| {
+            format!(
+                "{commit_or_folder:?} is neither a commit of this repository nor a folder with ripstop-dataplane in it"
+            )
+        })?;
+        Ok(Self::Commit(known))
+    }
+
+    /// The folder they are in; those of a commit are built, which may take minutes.
+    fn build(self, side: &str) -> Result<PathBuf> {
+        let commit = match self {
+            Self::Folder(folder) => return Ok(folder),
+            Self::Commit(commit) => commit,
+        };
+        let place = env::current_dir()
+            .context("find the working directory")?
+            .join("target/perf-check")
+            .join(side);
+        fs::create_dir_all(&place).with_context(|| place.display().to_string())?;
+        let (tree, build) = (place.join("tree"), place.join("build"));
+        // What a run that was killed has left.
+        remove(&tree)?;
+        git([&"worktree", &"add", &"--detach", &tree, &commit])?;
+        let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut command = Command::new(cargo);
+        command.args([
+            "build",
+            "--release",
+            "--package",
+            "ripstop-dataplane",
+            "--package",
+            "ripstop-controlplane",
+            "--bins",
+        ]);
+        command.current_dir(&tree).env("CARGO_TARGET_DIR", &build);
+        let built = command.status().context("run cargo");
+        remove(&tree)?;
+        ensure!(built?.success(), "{commit} does not build");
+        Ok(build.join("release"))
+    }
+}
+
+/// Removes a work tree, also one that git does not know any more.
+fn remove(tree: &Path) -> Result<()> {
+    if tree.exists() {
+        fs::remove_dir_all(tree).with_context(|| format!("remove {}", tree.display()))?;
+    }
+    git([&"worktree", &"prune"]).map(drop)
+}
+
+/// Says that what is not committed is not measured, where a commit is.
+fn warn_of_changes(sides: [&Programs; 2]) -> Result<()> {
+    if sides.iter().all(|side| matches!(side, Programs::Folder(_))) {
+        return Ok(());
+    }
+    let changed = git([&"status", &"--porcelain", &"--untracked-files=no"])?;
+    if !changed.is_empty() {
+        writeln!(
+            stderr(),
+            "perf-check: {} changed file(s) are not committed, and not measured: commit them, or name a folder with the programs",
+            changed.lines().count()
+        )?;
+    }
+    Ok(())
+}
+
+/// What git prints.
+fn git<const N: usize>(arguments: [&dyn AsRef<OsStr>; N]) -> Result<String> {
+    let arguments = arguments.map(AsRef::as_ref);
     let output = Command::new("git")
         .args(arguments)
         .output()
@@ -172,7 +204,7 @@ fn git(arguments: &[&OsStr]) -> Result<()> {
     ensure!(
         output.status.success(),
         "git {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
+        String::from_utf8_lossy(&output.stderr).trim()
     );
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

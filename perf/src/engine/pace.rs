@@ -18,6 +18,11 @@ const SLEEP_FROM: u64 = 150_000;
 const SPIN: u64 = 80_000;
 /// How long a window may stay shut before the packets in it count as lost.
 const SHUT_MAX: u64 = 100_000_000;
+/// How long a source sleeps before a shut window. It takes some 100 µs in all, which a window of this many packets outlasts
+/// at millions a second. A source that turned instead would be busy for as long as a path on another CPU is, and the path
+/// would be charged with that.
+const NAP: Duration = Duration::from_micros(20);
+const NAP_FROM: u32 = 256;
 /// Of an asked rate, what may be missing without a word: one in so many.
 const TOLERANCE: u64 = 1000;
 
@@ -159,11 +164,13 @@ impl Pace {
         if left > SLEEP_FROM {
             // A packet in a while does not make a stop wait long.
             thread::sleep(Duration::from_nanos((left - SPIN).min(20_000_000)));
-        } else if let Rate::Window(_) = self.rate {
+            return;
+        }
+        match self.rate {
+            Rate::Window(NAP_FROM..) => thread::sleep(NAP),
             // The sink may be on this CPU.
-            thread::yield_now();
-        } else {
-            core::hint::spin_loop();
+            Rate::Window(_) => thread::yield_now(),
+            Rate::Max | Rate::Pps(_) => core::hint::spin_loop(),
         }
     }
 
