@@ -10,6 +10,7 @@
 //! that is not a power of two, or a UMEM that is too small for its rings.
 
 use core::fmt;
+use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
@@ -43,6 +44,8 @@ pub struct WorkerConfig {
     pub burst: Burst,
     /// What the worker does when there is nothing to do.
     pub polling: Polling,
+    /// When an adaptive one lets packets gather, if it is to.
+    pub coalesce: Option<Coalesce>,
     /// The worker's way into the host.
     pub host_door: HostDoor,
     /// How it sends on the NIC.
@@ -100,6 +103,15 @@ pub enum Mode {
     Copy,
     /// XDP behind the driver: works everywhere, slowest.
     Generic,
+}
+
+/// When an adaptive worker lets packets gather instead of looking for more at once: what `ethtool -C` calls coalescing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Coalesce {
+    /// The pause (`rx-usecs`); waking up comes on top.
+    pub pause: Duration,
+    /// A turn that had fewer packets is followed by a pause (`rx-frames`).
+    pub packets: u32,
 }
 
 /// What a worker does when there is nothing to do.
@@ -478,33 +490,27 @@ pub enum ConfigError {
         /// The value.
         frames: u32,
     },
-    /// A busy-poll value is out of range.
-    #[error("{}: busyPoll.{key}: {value} is not from 1 to {max}: use {typical}, or leave busyPoll out", .file.display())]
-    BusyPoll {
+    /// A number of one of the optional parts is out of range.
+    #[error("{}: {part}.{key}: {value} is not from 1 to {max}: use {typical}, or leave {part} out", .file.display())]
+    Range {
         /// File.
         file: PathBuf,
-        /// Key under `busyPoll`.
+        /// The part.
+        part: &'static str,
+        /// Key under it.
         key: &'static str,
         /// The value.
         value: u32,
-        /// The largest that the kernel takes.
+        /// The largest that the kernel takes, or that makes sense.
         max: u32,
         /// A usual value.
         typical: u32,
     },
-    /// A value of the NAPI deferral is out of range.
-    #[error("{}: napiDeferral.{key}: {value} is not from 1 to {max}: use {typical}, or leave napiDeferral out", .file.display())]
-    NapiDeferral {
+    /// A worker that never sleeps is to pause.
+    #[error("{}: coalesce is for workers that sleep: set polling to \"adaptive\", or leave coalesce out", .file.display())]
+    CoalesceBusy {
         /// File.
         file: PathBuf,
-        /// Key under `napiDeferral`.
-        key: &'static str,
-        /// The value.
-        value: u32,
-        /// The largest that makes sense.
-        max: u32,
-        /// A usual value.
-        typical: u32,
     },
     /// Two files want different things of one NIC.
     #[error("{} and {}: napiDeferral differs, and NIC {nic} has only one: write the same into both, or into one of them", .first.display(), .second.display())]
@@ -824,6 +830,7 @@ struct RawWorker {
     burst: u32,
     #[serde(default)]
     polling: Polling,
+    coalesce: Option<RawCoalesce>,
     #[serde(default)]
     host_door: RawHostDoor,
     #[serde(default)]
@@ -895,6 +902,13 @@ enum RawHostDoorKind {
 struct RawBusyPoll {
     microseconds: u32,
     budget: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawCoalesce {
+    microseconds: u32,
+    packets: u32,
 }
 
 #[derive(Deserialize)]
@@ -1151,12 +1165,41 @@ impl WorkerConfig {
                 bytes: raw.umem.frame_size,
             });
         }
-        let busy_poll = raw
-            .busy_poll
-            .and_then(|raw| check_busy_poll(file, &raw, &mut errors));
-        let napi_deferral = raw
-            .napi_deferral
-            .and_then(|raw| check_napi_deferral(file, &raw, &mut errors));
+        let busy_poll = raw.busy_poll.and_then(|raw| {
+            check_busy_poll(
+                &raw,
+                &mut Ranges {
+                    file,
+                    part: "busyPoll",
+                    errors: &mut errors,
+                },
+            )
+        });
+        let napi_deferral = raw.napi_deferral.and_then(|raw| {
+            check_napi_deferral(
+                &raw,
+                &mut Ranges {
+                    file,
+                    part: "napiDeferral",
+                    errors: &mut errors,
+                },
+            )
+        });
+        let coalesce = raw.coalesce.and_then(|raw| {
+            check_coalesce(
+                &raw,
+                &mut Ranges {
+                    file,
+                    part: "coalesce",
+                    errors: &mut errors,
+                },
+            )
+        });
+        if coalesce.is_some() && raw.polling == Polling::Busy {
+            errors.push(ConfigError::CoalesceBusy {
+                file: file.to_owned(),
+            });
+        }
         // What depends on several values is checked once each of them is good.
         let (Some(rings), Some(burst), Some(frame_size)) = (rings, burst, frame_size) else {
             return Err(ConfigErrors(errors));
@@ -1215,6 +1258,7 @@ impl WorkerConfig {
             },
             burst,
             polling: raw.polling,
+            coalesce,
             host_door,
             transmit: raw.transmit,
             door_transmit: raw.host_door.transmit,
@@ -1255,46 +1299,21 @@ fn check_rings(file: &Path, raw: &RawRings, errors: &mut Vec<ConfigError>) -> Op
     })
 }
 
-fn check_busy_poll(
-    file: &Path,
-    raw: &RawBusyPoll,
-    errors: &mut Vec<ConfigError>,
-) -> Option<BusyPoll> {
-    /// A tenth of a second: beyond that it is a mistake in the unit.
-    const MICROSECONDS_MAX: u32 = 100_000;
-    let mut refuse = |key, value, max, typical| {
-        errors.push(ConfigError::BusyPoll {
-            file: file.to_owned(),
-            key,
-            value,
-            max,
-            typical,
-        });
-    };
-    let microseconds = Some(raw.microseconds).filter(|us| (1..=MICROSECONDS_MAX).contains(us));
-    if microseconds.is_none() {
-        refuse("microseconds", raw.microseconds, MICROSECONDS_MAX, 20);
-    }
-    let budget = u16::try_from(raw.budget).ok().filter(|budget| *budget > 0);
-    if budget.is_none() {
-        refuse("budget", raw.budget, u32::from(u16::MAX), 64);
-    }
-    Some(BusyPoll {
-        microseconds: microseconds?,
-        budget: budget?,
-    })
+/// Checks numbers of an optional part of a file.
+struct Ranges<'a> {
+    file: &'a Path,
+    part: &'static str,
+    errors: &'a mut Vec<ConfigError>,
 }
 
-fn check_napi_deferral(
-    file: &Path,
-    raw: &RawNapiDeferral,
-    errors: &mut Vec<ConfigError>,
-) -> Option<NapiDeferral> {
-    let mut check = |key, value, max, typical| {
+impl Ranges<'_> {
+    /// `value`, if it is from 1 to `max`.
+    fn check(&mut self, key: &'static str, value: u32, max: u32, typical: u32) -> Option<u32> {
         let good = Some(value).filter(|value| (1..=max).contains(value));
         if good.is_none() {
-            errors.push(ConfigError::NapiDeferral {
-                file: file.to_owned(),
+            self.errors.push(ConfigError::Range {
+                file: self.file.to_owned(),
+                part: self.part,
                 key,
                 value,
                 max,
@@ -1302,10 +1321,23 @@ fn check_napi_deferral(
             });
         }
         good
-    };
+    }
+}
+
+fn check_busy_poll(raw: &RawBusyPoll, ranges: &mut Ranges<'_>) -> Option<BusyPoll> {
+    // A tenth of a second: beyond that it is a mistake in the unit.
+    let microseconds = ranges.check("microseconds", raw.microseconds, 100_000, 20);
+    let budget = ranges.check("budget", raw.budget, u16::MAX.into(), 64);
+    Some(BusyPoll {
+        microseconds: microseconds?,
+        budget: u16::try_from(budget?).ok()?,
+    })
+}
+
+fn check_napi_deferral(raw: &RawNapiDeferral, ranges: &mut Ranges<'_>) -> Option<NapiDeferral> {
     // A tenth of a second without an interrupt is a mistake in the unit.
-    let hard_irqs = check("hardIrqs", raw.hard_irqs, 1000, 2);
-    let timeout = check(
+    let hard_irqs = ranges.check("hardIrqs", raw.hard_irqs, 1000, 2);
+    let timeout = ranges.check(
         "timeoutMicroseconds",
         raw.timeout_microseconds,
         100_000,
@@ -1314,6 +1346,16 @@ fn check_napi_deferral(
     Some(NapiDeferral {
         hard_irqs: hard_irqs?,
         timeout_microseconds: timeout?,
+    })
+}
+
+fn check_coalesce(raw: &RawCoalesce, ranges: &mut Ranges<'_>) -> Option<Coalesce> {
+    // Rings hold some thousand packets: what comes in more than a few milliseconds does not fit.
+    let microseconds = ranges.check("microseconds", raw.microseconds, 5000, 50);
+    let packets = ranges.check("packets", raw.packets, 256, 32);
+    Some(Coalesce {
+        pause: Duration::from_micros(microseconds?.into()),
+        packets: packets?,
     })
 }
 

@@ -618,7 +618,11 @@ impl Begin<'_> {
     ) -> io::Result<Running> {
         let waker = Waker::new()?;
         let nic = self.socket.as_fd().try_clone_to_owned()?;
-        let mut pace = Pace::new(self.polling, vec![nic, wakes, waker.handle()?]);
+        let mut pace = Pace::new(
+            self.polling,
+            self.config.coalesce,
+            vec![nic, wakes, waker.handle()?],
+        );
         let mut worker = Worker::new(parts, host);
         let stop = Arc::clone(self.stop);
         let cpu = self.config.cpu as usize;

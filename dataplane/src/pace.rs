@@ -1,12 +1,14 @@
 //! When a worker turns, sleeps and does its housekeeping. The worker itself reads no clock.
 #![expect(unsafe_code, reason = "poll(2) has no safe interface in std")]
 
+use core::time::Duration;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use ripstop_fib::map::monotonic_ns;
 use ripstop_fib::stats::Polling;
 
+use crate::config::Coalesce;
 use crate::worker::HOUSEKEEPING_TURNS;
 
 /// Turns without a packet before an adaptive worker sleeps: some ten microseconds, about what waking up costs.
@@ -25,12 +27,15 @@ pub enum Due {
     Housekeeping(u64),
     /// Sleep, as nothing comes; housekeeping at this time first, if given.
     Sleep(Option<u64>),
+    /// Let packets gather for this long, as too few come to be worth a turn.
+    Gather(Duration),
 }
 
 /// Decides what is due, and sleeps.
 #[derive(Debug)]
 pub struct Pace {
     polling: Polling,
+    coalesce: Option<Coalesce>,
     /// Readable when there is something to do: NIC queue, host door, and the watcher's wake-up.
     wakers: Vec<OwnedFd>,
     turns: u32,
@@ -68,9 +73,10 @@ fn cycles() -> u64 {
 
 impl Pace {
     /// A pace for a worker that any of `wakers` wakes.
-    pub fn new(polling: Polling, wakers: Vec<OwnedFd>) -> Self {
+    pub fn new(polling: Polling, coalesce: Option<Coalesce>, wakers: Vec<OwnedFd>) -> Self {
         Self {
             polling,
+            coalesce: coalesce.filter(|_| polling == Polling::Adaptive),
             wakers,
             turns: 0,
             idle: 0,
@@ -91,6 +97,12 @@ impl Pace {
         if work > 0 {
             self.cycles.busy += took;
             self.idle = 0;
+            if let Some(coalesce) = self.coalesce
+                && work < coalesce.packets as usize
+                && self.turns < HOUSEKEEPING_TURNS
+            {
+                return Due::Gather(coalesce.pause);
+            }
         } else {
             self.cycles.idle += took;
             self.idle += 1;
@@ -136,6 +148,14 @@ impl Pace {
             drain(wake);
         }
         self.idle = 0;
+        let now = cycles();
+        self.cycles.asleep += now.saturating_sub(self.last_cycles);
+        self.last_cycles = now;
+    }
+
+    /// Lets packets gather.
+    pub fn gather(&mut self, pause: Duration) {
+        std::thread::sleep(pause);
         let now = cycles();
         self.cycles.asleep += now.saturating_sub(self.last_cycles);
         self.last_cycles = now;

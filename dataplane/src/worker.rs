@@ -116,6 +116,7 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
                     }
                     pace.sleep();
                 }
+                Due::Gather(pause) => pace.gather(pause),
             }
         }
     }

@@ -3,12 +3,13 @@
 
 #![expect(clippy::unwrap_used, reason = "also in the helpers of the tests")]
 
+use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
 use ripstop_dataplane::config::{
-    self, BusyPoll, Capabilities, ConfigErrors, ConfigWarning, File, FrameSize, HostDoor,
+    self, BusyPoll, Capabilities, Coalesce, ConfigErrors, ConfigWarning, File, FrameSize, HostDoor,
     HostFacts, Interrupt, Mode, NapiDeferral, NumaNode, Polling, Transmit, WorkerConfig,
 };
 use ripstop_dataplane::nic::Nic;
@@ -107,6 +108,13 @@ fn every_key_is_taken() {
         budget: 64,
     };
     assert_eq!(worker.busy_poll, Some(busy_poll));
+    assert_eq!(worker.coalesce, None);
+    let worker = self::worker(r#", "coalesce": {"microseconds": 50, "packets": 32}"#);
+    let coalesce = Coalesce {
+        pause: Duration::from_micros(50),
+        packets: 32,
+    };
+    assert_eq!(worker.coalesce, Some(coalesce));
 }
 
 #[test]
@@ -234,6 +242,18 @@ fn one_bad_value_is_one_clear_error() {
         (
             r#", "busyPoll": {"microseconds": 20, "budget": 65536}"#,
             &["busyPoll.budget: 65536", "65535"],
+        ),
+        (
+            r#", "coalesce": {"microseconds": 5001, "packets": 32}"#,
+            &["coalesce.microseconds: 5001", "1 to 5000", "use 50"],
+        ),
+        (
+            r#", "coalesce": {"microseconds": 50, "packets": 0}"#,
+            &["coalesce.packets: 0", "use 32"],
+        ),
+        (
+            r#", "polling": "busy", "coalesce": {"microseconds": 50, "packets": 32}"#,
+            &["coalesce", "set polling to \"adaptive\""],
         ),
     ];
     for (keys, parts) in table {
@@ -684,6 +704,7 @@ fn every_file_that_is_shipped_is_valid() {
     let mut long = worker();
     assert!(long.busy_poll.take().is_some());
     assert!(long.napi_deferral.take().is_some());
+    assert!(long.coalesce.take().is_some());
     assert_eq!(long.host_offload.take(), Some(Offloads::default()));
     assert_eq!(short, long);
     assert_eq!(examples.next(), None);

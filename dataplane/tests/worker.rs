@@ -12,9 +12,10 @@ use std::time::Instant;
 
 use af_xdp::{Umem, UmemOptions};
 use packets::{Inner, Tunnel, image_of};
+use ripstop_dataplane::config::Coalesce;
 use ripstop_dataplane::memory::{Faults, MemoryPort, Random};
-use ripstop_dataplane::pace::Pace;
-use ripstop_dataplane::worker::{Parts, Worker};
+use ripstop_dataplane::pace::{Due, Pace};
+use ripstop_dataplane::worker::{HOUSEKEEPING_TURNS, Parts, Worker};
 use ripstop_fib::stats::{Counter, Gauge, Polling, STATS_WORDS, Stats};
 use ripstop_fib::sync::{Ordering, words};
 use ripstop_fib::{DropReason, Publisher, Reader, Region, Word, publish};
@@ -287,7 +288,7 @@ fn turns_with_packets_and_turns_without_are_timed_apart() {
             }
             stop.store(true, Ordering::Relaxed);
         });
-        worker.run(&mut Pace::new(Polling::Busy, Vec::new()), &stop);
+        worker.run(&mut Pace::new(Polling::Busy, None, Vec::new()), &stop);
     });
     let (busy, packets) = (counted(Counter::BusyCycles), counted(Counter::NicRxPackets));
     println!("{} cycles per packet, unoptimized", busy / packets);
@@ -311,9 +312,35 @@ fn sleep_is_timed_apart_from_turns() {
             }
             stop.store(true, Ordering::Relaxed);
         });
-        worker.run(&mut Pace::new(Polling::Adaptive, Vec::new()), &stop);
+        worker.run(&mut Pace::new(Polling::Adaptive, None, Vec::new()), &stop);
     });
     assert!(asleep() > 0);
+}
+
+/// Small bursts are followed by a pause, but for a worker that never sleeps, and housekeeping comes all the same.
+#[test]
+fn packets_gather_where_that_is_asked_for() {
+    let coalesce = Coalesce {
+        pause: Duration::from_micros(50),
+        packets: 32,
+    };
+    let pace = |polling| Pace::new(polling, Some(coalesce), Vec::new());
+    let mut adaptive = pace(Polling::Adaptive);
+    assert_eq!(adaptive.after_turn(31), Due::Gather(coalesce.pause));
+    assert_eq!(adaptive.after_turn(32), Due::Turn);
+    assert_eq!(adaptive.after_turn(0), Due::Turn);
+    assert_eq!(pace(Polling::Busy).after_turn(31), Due::Turn);
+    let mut without = Pace::new(Polling::Adaptive, None, Vec::new());
+    assert_eq!(without.after_turn(31), Due::Turn);
+    let turns = (0..HOUSEKEEPING_TURNS).map(|_| adaptive.after_turn(1));
+    let housekeeping = turns.filter(|due| matches!(due, Due::Housekeeping(_)));
+    assert_eq!(housekeeping.count(), 1);
+    // The pause is sleep, not work.
+    adaptive.take_cycles();
+    adaptive.gather(coalesce.pause);
+    let cycles = adaptive.take_cycles();
+    assert_eq!((cycles.busy, cycles.idle), (0, 0));
+    assert!(cfg!(not(target_arch = "x86_64")) || cycles.asleep > 0);
 }
 
 #[test]
