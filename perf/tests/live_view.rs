@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use ripstop_perf::experiment::{Outcome, ResultFile};
 use tempfile::TempDir;
@@ -15,8 +15,8 @@ mod pty;
 
 use pty::Session;
 
-/// Runs `ripstop-perf run --live` on a terminal, in a folder that gets its result.
-fn session(path: &str, rounds: u32) -> (Session, TempDir) {
+/// A folder with a scenario, `live.json`.
+fn scenario(path: &str, rounds: u32) -> TempDir {
     let folder = TempDir::new().unwrap();
     let text = r#"{
         "about": "packets in a terminal",
@@ -29,14 +29,24 @@ fn session(path: &str, rounds: u32) -> (Session, TempDir) {
         .replace("PATH", path)
         .replace("ROUNDS", &rounds.to_string());
     fs::write(folder.path().join("live.json"), text).unwrap();
+    folder
+}
+
+/// Runs a command of `ripstop-perf` with `--live` on a terminal, in a folder that gets its result.
+fn session_of(command: &str, more: &[&str], folder: &TempDir) -> Session {
     let program = Path::new(env!("CARGO_BIN_EXE_ripstop-perf"));
-    let session = Session::of(program, (120, 24), |command| {
-        command
-            .args(["run", "./live.json", "--live", "--out", "out.json"])
+    Session::of(program, (120, 24), |process| {
+        process
+            .args([command, "./live.json", "--live", "--out", "out.json"])
+            .args(more)
             .current_dir(folder.path())
             .stdout(Stdio::null());
-    });
-    (session, folder)
+    })
+}
+
+fn session(path: &str, rounds: u32) -> (Session, TempDir) {
+    let folder = scenario(path, rounds);
+    (session_of("run", &[], &folder), folder)
 }
 
 /// The exit status and the result. The terminal must be as it was.
@@ -74,5 +84,48 @@ fn a_key_or_a_signal_ends_it_as_ctrl_c_does() {
         let (code, result) = end(session, &folder);
         assert_eq!(code, Some(130));
         assert!(matches!(result.outcome, Outcome::Run(run) if run.interrupted));
+    }
+}
+
+#[test]
+fn searches_and_soaks_are_seen_too() {
+    let search = [
+        "--min-pps",
+        "1000",
+        "--max-pps",
+        "2000",
+        "--resolution",
+        "50",
+    ];
+    let search = [&search[..], &["--repeats", "1", "--mrr-trials", "1"]].concat();
+    for (command, more) in [("ndr", search), ("soak", vec!["--minutes", "0.05"])] {
+        let folder = scenario("kernel", 1);
+        let session = session_of(command, &more, &folder);
+        session.until(command, |seen| seen.contains("flannel.1"));
+        let (code, result) = end(session, &folder);
+        assert_eq!(code, Some(0), "{command}");
+        match result.outcome {
+            Outcome::Ndr(found) => assert_eq!(found.len(), 1),
+            Outcome::Soak(soaked) => assert!(soaked.problems.is_empty()),
+            other @ (Outcome::Run(_) | Outcome::Check(_)) => panic!("{command}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn without_a_terminal_it_says_so_and_measures_nothing() {
+    for command in ["run", "ndr", "soak"] {
+        let folder = scenario("kernel", 1);
+        let output = Command::new(env!("CARGO_BIN_EXE_ripstop-perf"))
+            .args([command, "./live.json", "--live", "--out", "out.json"])
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            !output.status.success() && said.contains("terminal"),
+            "{said}"
+        );
+        assert!(!folder.path().join("out.json").exists());
     }
 }
