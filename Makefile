@@ -93,13 +93,19 @@ bench: setup
 PERF := target/perf
 # With these all of it takes less than ten minutes where nothing else runs.
 PERF_SECONDS ?= 0.5
-PERF_SCENARIOS ?= small-udp-gateway small-udp-encap small-udp-decap tcp-one tcp-eight round-trips
+PERF_SCENARIOS ?= small-udp-gateway small-udp-gateway-decap small-udp-encap small-udp-decap tcp-one tcp-eight round-trips
+# And for these the highest rate without loss is searched for, beside what arrives of a flood.
+PERF_NDR ?= small-udp-gateway small-udp-gateway-decap small-udp-encap small-udp-decap
 perf: root setup
 	$(CARGO) build --release --workspace --bins
 	@set -e; mkdir -p $(PERF); for scenario in $(PERF_SCENARIOS); do \
 	    $(BUILT)/release/ripstop-perf run $$scenario --seconds $(PERF_SECONDS) --out $(PERF)/$$scenario.json; \
 	done
-	@$(BUILT)/release/ripstop-perf report $(PERF_SCENARIOS:%=$(PERF)/%.json) \
+	@set -e; for scenario in $(PERF_NDR); do \
+	    $(BUILT)/release/ripstop-perf ndr $$scenario --only kernel --only inject --seconds 0.2 --resolution 3 \
+	        --repeats 3 --mrr-trials 3 --out $(PERF)/$$scenario-ndr.json; \
+	done
+	@$(BUILT)/release/ripstop-perf report $(PERF_SCENARIOS:%=$(PERF)/%.json) $(PERF_NDR:%=$(PERF)/%-ndr.json) \
 	    --html $(PERF)/report.html --markdown $(PERF)/report.md
 	@echo 'The report: $(PERF)/report.html, as Markdown: $(PERF)/report.md, the results beside it'
 

@@ -66,6 +66,9 @@ pub struct Offer {
     pub flows: u32,
     /// Leases that packets go to, round robin; 1 is one peer's lease.
     pub destinations: u32,
+    /// Whether packets are only counted where there would be time to look at each.
+    #[serde(default)]
+    pub count_only: bool,
 }
 
 /// What kind of traffic a trial is.

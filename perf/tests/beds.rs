@@ -65,6 +65,7 @@ fn offer(work: Work, rate: Rate) -> Offer {
         size: Size::Bytes(64),
         flows: 4,
         destinations: 1,
+        count_only: false,
     }
 }
 

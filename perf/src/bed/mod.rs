@@ -195,8 +195,8 @@ fn packets(
     );
     // Looking at every packet costs more than forwarding it: only where the rate leaves room for that.
     let detail = match offer.rate {
-        Rate::Pps(_) => Detail::Check,
-        Rate::Max | Rate::Window(_) => Detail::Count,
+        Rate::Pps(_) if !offer.count_only => Detail::Check,
+        Rate::Pps(_) | Rate::Max | Rate::Window(_) => Detail::Count,
     };
     let mut sink = engine::sink(&to.0.place(), to.1, detail)?;
     let mut source = engine::source(&from.0.place(), from.1, kind)?;

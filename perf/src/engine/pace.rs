@@ -130,16 +130,20 @@ impl Pace {
             return 0;
         };
         let arrived = feedback.packets().saturating_sub(self.base) + self.given_up;
+        // A window that has just shut opens for a burst, not for each packet that comes out of it: those would cost the
+        // source more than they do the path.
+        let least = self.burst.min(window / 4).max(1);
         if arrived != self.arrived {
             self.arrived = arrived;
             self.arrived_ns = now_ns;
-        } else if room == 0 && now_ns.saturating_sub(self.arrived_ns) > SHUT_MAX {
+        } else if room < least && now_ns.saturating_sub(self.arrived_ns) > SHUT_MAX {
             self.given_up += self.sent - self.arrived;
             self.arrived = self.sent;
             self.arrived_ns = now_ns;
             self.reopened += 1;
         }
-        (self.arrived + window).saturating_sub(self.sent)
+        let room = (self.arrived + window).saturating_sub(self.sent);
+        if room < least { 0 } else { room }
     }
 
     /// Takes down what was sent of what was due.
@@ -241,12 +245,13 @@ mod tests {
         let now = pace.begin_ns();
         assert_eq!(pace.turn(now), Turn::Send(16));
         pace.sent(16);
-        assert_eq!(pace.turn(now), Turn::Send(4));
-        pace.sent(4);
+        // Room for four is not worth a burst, for five it is.
         assert_eq!(pace.turn(now), Turn::Wait);
-        progress.add(3);
-        assert_eq!(pace.turn(now), Turn::Send(3));
-        pace.sent(3);
+        progress.add(1);
+        assert_eq!(pace.turn(now), Turn::Send(5));
+        pace.sent(5);
+        progress.add(4);
+        assert_eq!(pace.turn(now), Turn::Wait);
         assert_eq!(pace.turn(now + SHUT_MAX), Turn::Wait);
         assert_eq!(pace.turn(now + SHUT_MAX + 1), Turn::Send(16));
         assert_eq!(pace.limits(now).len(), 1);

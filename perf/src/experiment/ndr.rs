@@ -346,6 +346,8 @@ impl Search<'_> {
         });
         let mut offer = self.point.offer(self.options.trial);
         offer.rate = asked_pps.map_or(Rate::Max, Rate::Pps);
+        // A sink that looks at each packet is slower than the paths.
+        offer.count_only = true;
         let trial = self.bed.trial(&offer)?;
         let seconds = trial.elapsed.as_secs_f64();
         let step = Step {
@@ -361,8 +363,7 @@ impl Search<'_> {
         self.steps.push(step);
         for limit in trial.limits {
             // That the source is at its end is what a flood is about.
-            let expected = asked_pps.is_none() && matches!(limit, Limit::Source(_));
-            if !expected && !self.limits.contains(&limit) {
+            if asked_pps.is_some() || !matches!(limit, Limit::Source(_)) {
                 self.limits.push(limit);
             }
         }

@@ -25,7 +25,7 @@ macro_rules! built_in {
 }
 
 /// The scenarios that come with the program, by name.
-pub const BUILT_IN: [(&str, &str); 18] = [
+pub const BUILT_IN: [(&str, &str); 19] = [
     built_in!("calibrate"),
     built_in!("check"),
     built_in!("round-trips"),
@@ -39,6 +39,7 @@ pub const BUILT_IN: [(&str, &str); 18] = [
     built_in!("small-udp-decap"),
     built_in!("small-udp-encap-pod"),
     built_in!("small-udp-encap"),
+    built_in!("small-udp-gateway-decap"),
     built_in!("small-udp-gateway"),
     built_in!("smoke"),
     built_in!("tcp-eight"),
@@ -180,6 +181,7 @@ impl Point {
             size: self.size,
             flows: self.flows,
             destinations: self.destinations,
+            count_only: false,
         }
     }
 

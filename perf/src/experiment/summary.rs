@@ -313,31 +313,37 @@ fn warnings(scenario: &Scenario, all: &[Series<'_>], failures: &[Failure]) -> Ve
     warnings
 }
 
-fn of_series(series: &Series<'_>, scenario: &Scenario) -> Vec<String> {
-    let mut warnings = Vec::new();
-    let count = series.trials.len();
-    let is_wire = is_wire(scenario, series.variant);
-    let mut limits: BTreeMap<String, (usize, &str)> = BTreeMap::new();
-    for limit in series
-        .trials
-        .iter()
-        .flat_map(|trial| &trial.measured.limits)
-    {
+/// What limits mean, each kind once: how many of so many trials have it, and one of them for instance. Where source and sink
+/// are all there is, they are the limit as they should be.
+pub(crate) fn words_of_limits<'a>(
+    limits: impl Iterator<Item = &'a Limit>,
+    trials: usize,
+    is_wire: bool,
+) -> Vec<String> {
+    let mut kinds: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
+    for limit in limits {
         let (kind, why) = match limit {
-            // That is what the engines alone are there to show.
             Limit::Source(why) if is_wire => ("the source is the limit, as it should be here", why),
             Limit::Sink(why) if is_wire => ("the sink is the limit, as it should be here", why),
             Limit::Source(why) => ("the source is the limit, the path may be faster", why),
             Limit::Sink(why) => ("the sink is the limit, the path may be faster", why),
             Limit::Neighbours(why) => ("noisy neighbours", why),
         };
-        limits.entry(kind.to_owned()).or_insert((0, why)).0 += 1;
+        kinds.entry(kind).or_insert((0, why)).0 += 1;
     }
-    for (kind, (trials, why)) in limits {
-        warnings.push(format!(
-            "{kind} ({trials} of {count} trials, for instance: {why})"
-        ));
-    }
+    let words = kinds.into_iter().map(|(kind, (with, why))| {
+        format!("{kind} ({with} of {trials} trials, for instance: {why})")
+    });
+    words.collect()
+}
+
+fn of_series(series: &Series<'_>, scenario: &Scenario) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let count = series.trials.len();
+    let is_wire = is_wire(scenario, series.variant);
+    let limits = series.trials.iter();
+    let limits = limits.flat_map(|trial| &trial.measured.limits);
+    warnings.extend(words_of_limits(limits, count, is_wire));
     let (mut foreign, mut steal, mut who) = (0.0_f64, 0.0_f64, None);
     for trial in &series.trials {
         if trial.foreign.of_ticks > 0 {

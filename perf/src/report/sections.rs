@@ -10,7 +10,7 @@ use crate::experiment::result::{Checked, Outcome, ResultFile, RunResult};
 use crate::experiment::scenario::{Point, Scenario};
 use crate::experiment::soak::SoakResult;
 use crate::experiment::stats::{Ratio, Spread};
-use crate::experiment::summary::{Comparison, Row, Summary, describe};
+use crate::experiment::summary::{Comparison, Row, Summary, describe, words_of_limits};
 use crate::measure::Work;
 
 /// Everything that result files say: a section for each of them, and one for each machine that they come from.
@@ -462,11 +462,9 @@ fn of_ndr(found: &[NdrResult]) -> Vec<Part> {
         if one.interrupted {
             warnings.push(format!("{}, {point}: ended before its time", one.variant));
         }
-        warnings.extend(
-            one.limits
-                .iter()
-                .map(|limit| format!("{}, {point}: {limit:?}", one.variant)),
-        );
+        let limits = words_of_limits(one.limits.iter(), one.steps.len(), false);
+        let said = limits.into_iter();
+        warnings.extend(said.map(|limits| format!("{}, {point}: {limits}", one.variant)));
     }
     let how = found.first().map(|one| {
         let o = &one.options;
