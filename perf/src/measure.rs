@@ -50,6 +50,32 @@ pub enum Watched {
     Kernel(Netns),
 }
 
+/// One end of a wire between two machines.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct WireEnd {
+    /// The interface.
+    pub nic: String,
+    /// Its driver; empty where none is told.
+    pub driver: String,
+    /// Megabits a second, where the driver tells.
+    pub speed_mbps: Option<u32>,
+    /// Kernel release of the machine.
+    pub kernel: String,
+}
+
+/// A wire between two machines, for a result file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct WireFacts {
+    /// The end of the machine under test.
+    pub near: WireEnd,
+    /// The end of the agent's machine.
+    pub far: WireEnd,
+    /// Where the agent listens.
+    pub agent: String,
+}
+
 /// What to offer in one trial.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

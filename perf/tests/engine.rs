@@ -379,6 +379,7 @@ fn who_is_too_slow_is_named() -> Result<()> {
                     hook,
                     ring_entries: 16,
                     rest: Duration::from_millis(30),
+                    ..SinkOptions::default()
                 };
                 let mut sink = engine::sink_with(&at(lab.node(2), "sink"), &stream, Detail::Check, &options)?;
                 let trial = engine::trial(&mut *source, &mut *sink, Rate::Pps(20_000), SHORT)?;

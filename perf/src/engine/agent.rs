@@ -22,13 +22,16 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::kernel::monotonic_ns;
-use super::{Detail, Place, Progress, Sink, SinkOptions, SinkReport, Source, SourceReport};
-use crate::measure::{Rate, SourceKind, Stream};
+use super::{
+    Detail, Place, Progress, Sink, SinkOptions, SinkReport, Source, SourceReport, wire_end,
+};
+use crate::address::Mac;
+use crate::measure::{Rate, SourceKind, Stream, WireEnd};
 use crate::netns::Netns;
 use crate::sys;
 
 /// Both sides must speak the same.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Bytes of the longest line: a stream to 100,000 destinations, or the counts of as many flows.
 const LINE_MAX: u64 = 8 << 20;
 /// The first line of a client.
@@ -70,6 +73,10 @@ enum Request {
     FinishSink {
         sent_by_flow: Vec<u64>,
     },
+    /// The source, if there is one, is not needed any more.
+    CloseSource,
+    /// The same of the sink.
+    CloseSink,
 }
 
 /// What an agent answers.
@@ -78,8 +85,9 @@ enum Request {
 enum Answer {
     Hello {
         version: u32,
-        interface: String,
         boot: String,
+        mac: Mac,
+        end: WireEnd,
     },
     Done,
     Opened(String),
@@ -142,31 +150,30 @@ impl Agent {
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        // A client whose machine is gone says nothing: ask.
-        sys::set_option(stream, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
-        for (option, value) in [
-            (libc::TCP_KEEPIDLE, 3),
-            (libc::TCP_KEEPINTVL, 1),
-            (libc::TCP_KEEPCNT, 3),
-        ] {
-            sys::set_option(stream, libc::IPPROTO_TCP, option, value)?;
-        }
+        notice_a_dead_end(stream)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut lines = BufReader::new(stream.try_clone()?);
         match read(&mut lines, GREETING_MAX)? {
             Some(Request::Hello { version, token }) if same(&token, &self.token) => {
-                ensure!(
-                    version == VERSION,
-                    "it speaks version {version}, this agent {VERSION}"
-                );
+                if version != VERSION {
+                    let why = format!(
+                        "the client speaks version {version}, this agent {VERSION}: take ripstop-perf of one commit on both machines"
+                    );
+                    write(stream, &Answer::Failed(why.clone()))?;
+                    bail!(why);
+                }
             }
             Some(_) => bail!("it does not know the token"),
             None => return Ok(()),
         }
-        let hello = Answer::Hello {
-            version: VERSION,
-            interface: self.interface.clone(),
-            boot: boot(),
+        let hello = match wire_end(&Netns::of_this_thread(), &self.interface) {
+            Ok((mac, end)) => Answer::Hello {
+                version: VERSION,
+                boot: boot(),
+                mac,
+                end,
+            },
+            Err(error) => Answer::Failed(format!("{error:#}")),
         };
         write(stream, &hello)?;
         stream.set_read_timeout(Some(LOOK))?;
@@ -238,6 +245,14 @@ impl Agent {
                 let sink = sink.as_mut().context("no sink was opened")?;
                 Ok(Answer::Came(Box::new(sink.finish(&sent_by_flow)?)))
             }
+            Request::CloseSource => {
+                *source = None;
+                Ok(Answer::Done)
+            }
+            Request::CloseSink => {
+                *sink = None;
+                Ok(Answer::Done)
+            }
         }
     }
 }
@@ -248,6 +263,19 @@ impl Agent {
 )]
 fn complain(what: &str) {
     eprintln!("agent: {what}");
+}
+
+/// A machine that is gone says nothing: has the kernel ask it.
+fn notice_a_dead_end(stream: &TcpStream) -> Result<()> {
+    sys::set_option(stream, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
+    for (option, value) in [
+        (libc::TCP_KEEPIDLE, 3),
+        (libc::TCP_KEEPINTVL, 1),
+        (libc::TCP_KEEPCNT, 3),
+    ] {
+        sys::set_option(stream, libc::IPPROTO_TCP, option, value)?;
+    }
+    Ok(())
 }
 
 /// Tells a second client that there is a first.
@@ -369,11 +397,23 @@ fn routes_by_default(four: &str, six: &str, interface: &str) -> bool {
         })
 }
 
+/// A question and its answer; nothing if the other end hung up instead.
+fn exchange(connection: &mut BufReader<TcpStream>, request: &Request) -> Result<Option<Answer>> {
+    write(connection.get_ref(), request)?;
+    match read(connection, LINE_MAX)? {
+        Some(Answer::Failed(why)) => bail!("the agent says: {why}"),
+        answer => Ok(answer),
+    }
+}
+
 /// A connection to an agent.
 #[derive(Debug, Clone)]
 pub struct Peer {
     connection: Arc<Mutex<BufReader<TcpStream>>>,
     name: String,
+    address: SocketAddr,
+    mac: Mac,
+    end: WireEnd,
     /// Whether it is on this machine, so that both have one clock.
     shares_clock: bool,
 }
@@ -387,23 +427,19 @@ impl Peer {
         let connect = || -> Result<Self> {
             let stream = TcpStream::connect_timeout(&agent, PATIENCE)?;
             stream.set_nodelay(true)?;
-            let mut peer = Self {
-                connection: Arc::new(Mutex::new(BufReader::new(stream))),
-                name: String::new(),
-                shares_clock: false,
-            };
+            notice_a_dead_end(&stream)?;
+            let mut connection = BufReader::new(stream);
             let hello = Request::Hello {
                 version: VERSION,
                 token: token.to_owned(),
             };
-            let answer = peer
-                .ask(&hello)
-                .context("it hung up: is the token right?")?;
+            let answer = exchange(&mut connection, &hello)?;
             let Answer::Hello {
                 version,
-                interface,
                 boot: there,
-            } = answer
+                mac,
+                end,
+            } = answer.context("it hung up: is the token right?")?
             else {
                 bail!(UNEXPECTED);
             };
@@ -411,10 +447,15 @@ impl Peer {
                 version == VERSION,
                 "it speaks version {version}, we {VERSION}"
             );
-            peer.name = format!("{interface} of {agent}");
             let here = boot();
-            peer.shares_clock = !here.is_empty() && here == there;
-            Ok(peer)
+            Ok(Self {
+                connection: Arc::new(Mutex::new(connection)),
+                name: format!("{} of {agent}", end.nic),
+                address: agent,
+                mac,
+                end,
+                shares_clock: !here.is_empty() && here == there,
+            })
         };
         connect().with_context(|| format!("agent at {agent}"))
     }
@@ -424,12 +465,43 @@ impl Peer {
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        write(connection.get_ref(), request)?;
-        match read(&mut *connection, LINE_MAX)? {
-            Some(Answer::Failed(why)) => bail!("the agent says: {why}"),
-            Some(answer) => Ok(answer),
-            None => bail!("the agent has hung up"),
-        }
+        exchange(&mut connection, request)?.context("the agent has hung up")
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// This end of the connection to it.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub fn local_address(&self) -> Result<SocketAddr> {
+        let connection = self
+            .connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        Ok(connection.get_ref().local_addr()?)
+    }
+
+    /// The Ethernet address of its NIC.
+    #[must_use]
+    pub fn mac(&self) -> Mac {
+        self.mac
+    }
+
+    /// Its NIC and its machine.
+    #[must_use]
+    pub fn end(&self) -> &WireEnd {
+        &self.end
+    }
+
+    /// Whether it is on this machine, so that both have one clock.
+    #[must_use]
+    pub fn shares_clock(&self) -> bool {
+        self.shares_clock
     }
 
     fn open(&self, request: &Request) -> Result<String> {
@@ -448,7 +520,7 @@ impl Peer {
         Ok(())
     }
 
-    /// As [`engine::source`](super::source), there. It ends with the connection, or when another is made.
+    /// As [`engine::source`](super::source), there. It ends when it is dropped, and with the connection.
     ///
     /// # Errors
     /// As there, or the connection broke.
@@ -462,7 +534,7 @@ impl Peer {
         }))
     }
 
-    /// As [`engine::sink_with`](super::sink_with), there. It ends with the connection, or when another is made.
+    /// As [`engine::sink_with`](super::sink_with), there. It ends when it is dropped, and with the connection.
     ///
     /// # Errors
     /// As there, or the connection broke.
@@ -526,6 +598,13 @@ impl Source for RemoteSource {
     }
 }
 
+impl Drop for RemoteSource {
+    fn drop(&mut self) {
+        // An agent that is gone has closed it as well.
+        drop(self.peer.ask(&Request::CloseSource));
+    }
+}
+
 /// A sink at an agent.
 #[derive(Debug)]
 struct RemoteSink {
@@ -557,6 +636,13 @@ impl Sink for RemoteSink {
 
     fn describe(&self) -> String {
         self.description.clone()
+    }
+}
+
+impl Drop for RemoteSink {
+    fn drop(&mut self) {
+        // An agent that is gone has closed it as well.
+        drop(self.peer.ask(&Request::CloseSink));
     }
 }
 

@@ -32,14 +32,16 @@ mod source;
 
 use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
+use std::fs;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use self::kernel::Words;
-use crate::measure::{Limit, Rate, SourceKind, Stream, Trial};
+use crate::address::Mac;
+use crate::measure::{Limit, Rate, SourceKind, Stream, Trial, WireEnd};
 use crate::netns::Netns;
 
 pub(crate) use cpu::Window;
@@ -264,6 +266,8 @@ pub struct SinkOptions {
     pub ring_entries: u32,
     /// A rest after each burst of a sink that checks. Only to show what a sink that is too slow reports.
     pub rest: Duration,
+    /// The source is on a machine with another clock: its time stamps say nothing here, and there is no latency.
+    pub foreign_clock: bool,
 }
 
 impl Default for SinkOptions {
@@ -272,8 +276,31 @@ impl Default for SinkOptions {
             hook: Hook::Auto,
             ring_entries: 4096,
             rest: Duration::ZERO,
+            foreign_clock: false,
         }
     }
+}
+
+/// What an interface of a namespace is, and its Ethernet address.
+///
+/// # Errors
+/// There is none of that name, or it has no Ethernet address.
+pub(crate) fn wire_end(netns: &Netns, interface: &str) -> Result<(Mac, WireEnd)> {
+    let properties = netns
+        .run(|| kernel::properties(interface))?
+        .with_context(|| format!("interface {interface}"))?;
+    ensure!(
+        properties.ethernet,
+        "{interface} has no Ethernet headers: name a NIC"
+    );
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let end = WireEnd {
+        nic: interface.to_owned(),
+        driver: properties.driver,
+        speed_mbps: properties.speed_mbps,
+        kernel: kernel.trim().to_owned(),
+    };
+    Ok((properties.mac, end))
 }
 
 /// Runs one trial, and accounts for it: all but what a path alone can know.
