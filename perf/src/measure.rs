@@ -114,8 +114,9 @@ pub enum Rate {
     Pps(u64),
     /// As fast as the source can: for the maximum receive rate (MRR).
     Max,
-    /// As fast as the path takes them without loss: never more than so many packets between source and sink. Needs both
-    /// engines on one machine. For cost per packet: nothing is spent on packets that are lost.
+    /// As fast as the path takes them without loss: never more than so many packets between source and sink. For cost per
+    /// packet: nothing is spent on packets that are lost. Where the ends are on two machines, each hears of the other some
+    /// 0.2 ms late, and so many packets in that time are the limit.
     Window(u32),
 }
 

@@ -15,7 +15,7 @@
 
 use core::time::Duration;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -79,10 +79,7 @@ impl<'a> Machines<'a> {
         one.output(&["ip", "link", "set", "wire0", "mtu", "3000"])?;
         two.output(&["ip", "link", "set", "wire1", "mtu", "3000"])?;
         for address in NIC_ADDRESSES {
-            one.output(&["ip", "addr", "add", address, "dev", "wire0", "nodad"])
-                .or_else(|_v4_has_no_dad| {
-                    one.output(&["ip", "addr", "add", address, "dev", "wire0"])
-                })?;
+            one.output(&["ip", "addr", "add", address, "dev", "wire0"])?;
         }
         let folder = TempDir::new()?;
         fs::write(folder.path().join("token"), TOKEN)?;
@@ -190,30 +187,29 @@ fn agent(host: &dyn Host, token: &Path) -> Result<Running> {
     Ok(agent)
 }
 
-/// A scenario in a file of the machines' folder.
+/// A scenario in a file of the machines' folder: trials of so many seconds, so often.
 fn scenario(
     machines: &Machines<'_>,
-    direction: &str,
-    variants: &str,
-    rate: &str,
+    [direction, variants, rate]: [&str; 3],
+    (seconds, rounds): (f64, u32),
 ) -> Result<PathBuf> {
     let path = machines.file(&format!("{direction}.json"));
-    let text = r#"{
-        "about": "packets across a wire",
-        "plan": {"topology": "gateway", "direction": "DIRECTION", "backend": "vxlan", "leases": 3, "mtu": 1500},
-        "baseline": "kernel",
-        "variants": {VARIANTS},
-        "offers": {"work": "packets", "rates": [RATE], "sizes": [200]},
-        "seconds": 0.2, "warmUpSeconds": 0, "rounds": 1
-    }"#;
-    let text = text
-        .replace("DIRECTION", direction)
-        .replace("VARIANTS", variants)
-        .replace("RATE", rate);
-    fs::File::create(&path)?.write_all(text.as_bytes())?;
+    let text = format!(
+        r#"{{
+            "about": "packets across a wire",
+            "plan": {{"topology": "gateway", "direction": "{direction}", "backend": "vxlan", "leases": 3, "mtu": 1500}},
+            "baseline": "kernel",
+            "variants": {{{variants}}},
+            "offers": {{"work": "packets", "rates": [{rate}], "sizes": [200]}},
+            "seconds": {seconds}, "warmUpSeconds": 0, "rounds": {rounds}
+        }}"#
+    );
+    fs::write(&path, text)?;
     Ok(path)
 }
 
+/// One short trial of each variant.
+const ONCE: (f64, u32) = (0.2, 1);
 const KERNEL: &str = r#""kernel": {"path": "kernel"}"#;
 const ALL: &str = r#""kernel": {"path": "kernel"}, "wire": {"path": "wire"},
     "ripstop": {"path": "ripstop", "dataplane": {"polling": "adaptive"}}"#;
@@ -228,7 +224,7 @@ fn between(test: impl FnOnce(&Machines<'_>) -> Result<()>) -> Result<()> {
     let _alone = alone();
     Lab::builder()
         .linux(2)
-        .pods(0)
+        .pods(1)
         .run(|lab| test(&Machines::new(lab)?))
 }
 
@@ -236,7 +232,7 @@ fn between(test: impl FnOnce(&Machines<'_>) -> Result<()>) -> Result<()> {
 fn every_path_carries_all_packets_across_the_wire() -> Result<()> {
     between(|machines| {
         for direction in ["encap", "decap"] {
-            let scenario = scenario(machines, direction, ALL, r#"{"pps": 4000}"#)?;
+            let scenario = scenario(machines, [direction, ALL, r#"{"pps": 4000}"#], ONCE)?;
             let (result, run) = machines.measure(&scenario)?;
             assert_eq!(
                 (run.trials.len(), &run.failures[..]),
@@ -279,18 +275,34 @@ fn every_path_carries_all_packets_across_the_wire() -> Result<()> {
 #[test]
 fn what_cannot_be_is_refused_and_the_nic_stays() -> Result<()> {
     between(|machines| {
-        let good = scenario(machines, "encap", KERNEL, r#"{"pps": 1000}"#)?;
+        let good = scenario(machines, ["encap", KERNEL, r#"{"pps": 1000}"#], ONCE)?;
         let wrong = machines.file("wrong");
         fs::write(&wrong, "a token that is none")?;
         let wrong = wrong.to_string_lossy().into_owned();
         let of_lab = |name: &str| PathBuf::from(name);
         for (scenario, more, parts) in [
-            (&good, &["--nic", "wire7"][..], &["no NIC \"wire7\"", "wire0"][..]),
+            (
+                &good,
+                &["--nic", "wire7"][..],
+                &["no NIC \"wire7\"", "wire0"][..],
+            ),
             (&good, &["--nic", "lo"], &["lo is no NIC"]),
-            (&good, &["--nic", "eth0"], &["eth0 has this machine's default route"]),
-            (&good, &["--nic", "wire0"], &["wire0 has the address 192.0.2.1", "--nic-in-use"]),
+            (
+                &good,
+                &["--nic", "eth0"],
+                &["eth0 has this machine's default route"],
+            ),
+            (
+                &good,
+                &["--nic", "wire0"],
+                &["wire0 has the address 192.0.2.1", "--nic-in-use"],
+            ),
             (&good, &["--token-file", &wrong], &["is the token right"]),
-            (&of_lab("tcp-one"), &[], &["tcp-one needs a pod at both ends", "small-udp-encap"]),
+            (
+                &of_lab("tcp-one"),
+                &[],
+                &["tcp-one needs a pod at both ends", "small-udp-encap"],
+            ),
             (&of_lab("testpmd"), &[], &["testpmd's", "--only kernel"]),
         ] {
             let output = machines.go("run", scenario, more)?;
@@ -301,6 +313,81 @@ fn what_cannot_be_is_refused_and_the_nic_stays() -> Result<()> {
             }
             assert!(machines.nic_is_back(), "after {more:?}");
         }
+        Ok(())
+    })
+}
+
+/// The lab of a process that is measuring, once the NIC is in it.
+fn lab_of(machines: &Machines<'_>, child: &Running) -> Result<Lab> {
+    wait_until("the NIC is away", PATIENCE, || !machines.nic_is_back())?;
+    let prefix = format!("{:x}-", child.0.id());
+    let names = Lab::names();
+    let name = names.iter().find(|name| name.starts_with(&prefix));
+    Lab::open(name.context("the process has no lab")?)
+}
+
+fn ended(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.is_empty() || stat.contains(") Z ")
+}
+
+/// Nobody gives the NIC back then but the next who wants it, and the agent hears of it from its connection alone.
+#[test]
+fn a_run_that_is_killed_costs_neither_the_nic_nor_the_agent() -> Result<()> {
+    between(|machines| {
+        let long = r#""kernel": {"path": "ripstop", "dataplane": {"polling": "adaptive"}}"#;
+        let long = scenario(machines, ["decap", long, r#"{"pps": 2000}"#], (600.0, 1))?;
+        let mut run = Running(machines.start("run", &long, &[])?);
+        let lab = lab_of(machines, &run)?;
+        let sent = || {
+            let counters = machines.lab.node(2).link_counters("wire1");
+            counters.map(|counters| counters.tx_packets)
+        };
+        let before = sent()?;
+        wait_until("the agent sends", PATIENCE, || {
+            sent().is_ok_and(|now| now > before + 1000)
+        })?;
+        // The lab's owner has started them since.
+        let lab = Lab::open(lab.name())?;
+        let pids = [lab.node(1).dataplane_pid(), lab.node(1).controlplane_pid()];
+        let pids = pids.map(|pid| pid.unwrap_or_default());
+        assert!(pids.iter().all(|pid| *pid > 0 && !ended(*pid)), "{pids:?}");
+        run.0.kill()?;
+        run.0.wait()?;
+        wait_until("the agent stops", PATIENCE, || {
+            let before = sent().unwrap_or_default();
+            std::thread::sleep(Duration::from_millis(200));
+            sent().is_ok_and(|now| now == before)
+        })?;
+
+        let next = scenario(machines, ["encap", KERNEL, r#"{"pps": 1000}"#], ONCE)?;
+        let (_, measured) = machines.measure(&next)?;
+        assert_eq!((measured.trials.len(), measured.failures.len()), (1, 0));
+        assert!(machines.nic_is_back(), "after the next run");
+        assert!(pids.iter().all(|pid| ended(*pid)), "{pids:?} still run");
+        assert!(!Lab::names().iter().any(|name| name == lab.name()));
+        Ok(())
+    })
+}
+
+#[test]
+fn ctrl_c_gives_the_nic_back() -> Result<()> {
+    between(|machines| {
+        let many = scenario(machines, ["encap", KERNEL, r#"{"pps": 1000}"#], (0.2, 1000))?;
+        let mut run = Running(machines.start("run", &many, &[])?);
+        wait_until("the NIC is away", PATIENCE, || !machines.nic_is_back())?;
+        let pid = run.0.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args(["-INT", &pid])
+                .status()?
+                .success()
+        );
+        wait_until("it ends", PATIENCE, || {
+            run.0.try_wait().is_ok_and(|status| status.is_some())
+        })?;
+        assert_eq!(run.0.wait()?.code(), Some(130));
+        assert!(machines.nic_is_back());
         Ok(())
     })
 }

@@ -213,6 +213,8 @@ fn packets(
     };
     let mut sink = to.0.sink(from.0, to.1, detail)?;
     let mut source = from.0.source(from.1, kind)?;
+    from.0.await_carrier()?;
+    to.0.await_carrier()?;
     *engines = Some(format!("{} to {}", source.describe(), sink.describe()));
     let before = Books::read(lab)?;
     let mut trial = engine::trial(source.as_mut(), sink.as_mut(), offer.rate, offer.duration)?;

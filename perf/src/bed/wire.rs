@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::address::Mac;
 use crate::engine::agent::Peer;
-use crate::engine::{self, Detail, Place, Sink, SinkOptions, Source, wire_end};
+use crate::engine::{self, Detail, Place, Sink, SinkOptions, Source, await_carrier, wire_end};
 use crate::lab::Borrowed;
 use crate::measure::{SourceKind, Stream, WireEnd, WireFacts};
 use crate::netns::Netns;
@@ -125,6 +125,16 @@ impl End {
             Self::There(peer) => peer
                 .sink(stream, detail, &options)
                 .context("sink at the peer"),
+        }
+    }
+
+    /// Waits until what is sent there gets through.
+    pub(super) fn await_carrier(&self) -> Result<()> {
+        match self {
+            Self::Here {
+                netns, interface, ..
+            } => await_carrier(netns, interface),
+            Self::There(peer) => peer.await_carrier(),
         }
     }
 

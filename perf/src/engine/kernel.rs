@@ -195,6 +195,8 @@ pub(super) struct Properties {
     pub(super) ethernet: bool,
     /// Whether it is up.
     pub(super) up: bool,
+    /// Whether it can send and receive, as far as the driver knows: a NIC has a carrier.
+    pub(super) running: bool,
     /// Its driver's name; empty where none is told.
     pub(super) driver: String,
     /// Its address, where it has Ethernet headers.
@@ -228,6 +230,7 @@ pub(super) fn properties(name: &str) -> io::Result<Properties> {
     Ok(Properties {
         ethernet: hardware.sa_family == HARDWARE_ETHERNET,
         up: i32::from(flags) & libc::IFF_UP != 0,
+        running: i32::from(flags) & libc::IFF_RUNNING != 0,
         driver: driver(fd, request).unwrap_or_default(),
         mac: Mac([a, b, c, d, e, f]),
         speed_mbps: speed(fd, request).ok().flatten(),

@@ -41,12 +41,16 @@ use serde::{Deserialize, Serialize};
 
 use self::kernel::Words;
 use crate::address::Mac;
+use crate::lab::wait_until;
 use crate::measure::{Limit, Rate, SourceKind, Stream, Trial, WireEnd};
 use crate::netns::Netns;
 
 pub(crate) use cpu::Window;
 pub use cpu::cpu_times;
 pub use packet::{PAYLOAD_MIN, TEST_PORT};
+
+/// How long a NIC may take to agree with its other end on a speed.
+const CARRIER: Duration = Duration::from_secs(20);
 
 /// Where an engine runs.
 #[derive(Debug, Clone)]
@@ -140,7 +144,7 @@ pub struct Progress {
     own: AtomicU64,
     /// The counters of a BPF program, which counts by itself.
     slots: Option<Words>,
-    /// The sink is on another machine: this counts nothing.
+    /// The sink is on another machine: this is what it last told.
     is_far: bool,
 }
 
@@ -161,6 +165,11 @@ impl Progress {
             is_far: true,
             ..Self::default()
         }
+    }
+
+    /// Takes down what a far sink has told.
+    fn set(&self, packets: u64) {
+        self.own.store(packets, Ordering::Relaxed);
     }
 
     fn add(&self, packets: u64) {
@@ -303,6 +312,20 @@ pub(crate) fn wire_end(netns: &Netns, interface: &str) -> Result<(Mac, WireEnd)>
     Ok((properties.mac, end))
 }
 
+/// Waits until an interface has a carrier. Many a NIC loses it for a second or more when it gets an XDP program or a socket,
+/// and what is sent meanwhile is lost.
+///
+/// # Errors
+/// It has none for long, or is not there.
+pub(crate) fn await_carrier(netns: &Netns, interface: &str) -> Result<()> {
+    let what = format!("{interface} has a carrier: is the other end up?");
+    let running = || {
+        let properties = netns.run(|| kernel::properties(interface));
+        matches!(properties, Ok(Ok(properties)) if properties.running)
+    };
+    wait_until(&what, CARRIER, running)
+}
+
 /// Runs one trial, and accounts for it: all but what a path alone can know.
 ///
 /// # Errors
@@ -315,7 +338,9 @@ pub fn trial(
 ) -> Result<Trial> {
     sink.reset()?;
     let window = Window::open()?;
-    source.start(rate, duration, Some(sink.progress()))?;
+    // A far sink tells its progress only if it is asked to.
+    let feedback = matches!(rate, Rate::Window(_)).then(|| sink.progress());
+    source.start(rate, duration, feedback)?;
     let sent = source.finish()?;
     let (cpus, counters) = window.close()?;
     let came = sink.finish(&sent.sent_by_flow)?;

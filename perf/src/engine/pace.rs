@@ -4,7 +4,7 @@ use core::time::Duration;
 use std::sync::Arc;
 use std::thread;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::Progress;
 use super::kernel::{monotonic_ns, nanoseconds};
@@ -18,6 +18,8 @@ const SLEEP_FROM: u64 = 150_000;
 const SPIN: u64 = 80_000;
 /// How long a window may stay shut before the packets in it count as lost.
 const SHUT_MAX: u64 = 100_000_000;
+/// A rest while the window is full of packets that a far sink has not told of.
+const FAR: Duration = Duration::from_micros(20);
 /// Of an asked rate, what may be missing without a word: one in so many.
 const TOLERANCE: u64 = 1000;
 
@@ -60,14 +62,10 @@ impl Pace {
         burst: u64,
         feedback: Option<Arc<Progress>>,
     ) -> Result<Self> {
-        if let Rate::Window(_) = rate {
-            let progress = feedback.as_ref();
-            let progress = progress.context("a window needs the sink's progress")?;
-            ensure!(
-                !progress.is_far,
-                "a window needs both engines on one machine"
-            );
-        }
+        ensure!(
+            feedback.is_some() || !matches!(rate, Rate::Window(_)),
+            "a window needs the sink's progress"
+        );
         let base = feedback.as_ref().map_or(0, |progress| progress.packets());
         let begin_ns = monotonic_ns();
         Ok(Self {
@@ -159,6 +157,9 @@ impl Pace {
         if left > SLEEP_FROM {
             // A packet in a while does not make a stop wait long.
             thread::sleep(Duration::from_nanos((left - SPIN).min(20_000_000)));
+        } else if self.feedback.as_ref().is_some_and(|sink| sink.is_far) {
+            // It tells now and then; to turn until then would be in the figures.
+            thread::sleep(FAR);
         } else if let Rate::Window(_) = self.rate {
             // The sink may be on this CPU.
             thread::yield_now();

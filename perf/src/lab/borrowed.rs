@@ -55,6 +55,8 @@ impl Borrowed {
     /// There is no such NIC, the machine cannot do without it, or somebody uses it and `in_use` is false. The message says
     /// which, and what to do.
     pub fn look(nic: &str, in_use: bool) -> Result<Self> {
+        // It may be in a lab whose owner was killed.
+        super::sweep();
         let output = Command::new("ip")
             .args(["-d", "-j", "address", "show"])
             .output()
