@@ -37,8 +37,9 @@ pub use address::{Family, Mac};
 pub use counters::{KernelCounters, LinkCounters};
 pub use frame::{Ethernet, Inner, Ipv4, Udp, UdpChecksum, Vxlan, VxlanFrame, transport_checksum};
 pub use lab::{
-    Attacker, Backend, BondMode, DATAPLANE_VARIABLE, DETOUR_TABLE, Fabric, Families, Host, Lab,
-    LabBuilder, Lease, Leases, Node, NodeKind, Pod, Underlay, Workers, machine, run, wait_until,
+    Attacker, Backend, BondMode, Borrowed, DATAPLANE_VARIABLE, DETOUR_TABLE, Fabric, Families,
+    Host, Lab, LabBuilder, Lease, Leases, Node, NodeKind, Pod, Underlay, Workers, machine, run,
+    wait_until,
 };
 pub use netns::Netns;
 pub use packet::{Capture, Captured, CapturedFrame, Direction, Injector};

@@ -50,6 +50,32 @@ pub enum Watched {
     Kernel(Netns),
 }
 
+/// One end of a wire between two machines.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct WireEnd {
+    /// The interface.
+    pub nic: String,
+    /// Its driver; empty where none is told.
+    pub driver: String,
+    /// Megabits a second, where the driver tells.
+    pub speed_mbps: Option<u32>,
+    /// Kernel release of the machine.
+    pub kernel: String,
+}
+
+/// A wire between two machines, for a result file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct WireFacts {
+    /// The end of the machine under test.
+    pub near: WireEnd,
+    /// The end of the agent's machine.
+    pub far: WireEnd,
+    /// Where the agent listens.
+    pub agent: String,
+}
+
 /// What to offer in one trial.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -91,8 +117,9 @@ pub enum Rate {
     Pps(u64),
     /// As fast as the source can: for the maximum receive rate (MRR).
     Max,
-    /// As fast as the path takes them without loss: never more than so many packets between source and sink. Needs both
-    /// engines on one machine. For cost per packet: nothing is spent on packets that are lost.
+    /// As fast as the path takes them without loss: never more than so many packets between source and sink. For cost per
+    /// packet: nothing is spent on packets that are lost. Where the ends are on two machines, each hears of the other some
+    /// 0.2 ms late, and so many packets in that time are the limit.
     Window(u32),
 }
 

@@ -379,6 +379,7 @@ fn who_is_too_slow_is_named() -> Result<()> {
                     hook,
                     ring_entries: 16,
                     rest: Duration::from_millis(30),
+                    ..SinkOptions::default()
                 };
                 let mut sink = engine::sink_with(&at(lab.node(2), "sink"), &stream, Detail::Check, &options)?;
                 let trial = engine::trial(&mut *source, &mut *sink, Rate::Pps(20_000), SHORT)?;
@@ -459,8 +460,7 @@ fn a_trial_through_agents() -> Result<()> {
                 .latency
                 .is_some_and(|latency| latency.len() == trial.sent)
         );
-        let window = engine::trial(&mut *source, &mut *sink, Rate::Window(10), SHORT);
-        ensure!(format!("{:?}", window.map(drop)).contains("one machine"));
+        perfect(&mut *source, &mut *sink, Rate::Window(256))?;
 
         // A client that is lost: the source that it has started ends long before its time, and the agent takes another.
         let sent = || -> Result<u64> { Ok(one.link_counters("source")?.tx_packets) };

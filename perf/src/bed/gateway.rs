@@ -5,11 +5,12 @@ use core::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::meter::shell;
 use super::placement::{Softirqs, set_offloads_of_receive};
 use super::testpmd::{Forward, Options, Ports, Testpmd};
-use super::{End, Setup, packets, peers, ripstop};
+use super::{End, Setup, Wire, packets, peers, ripstop};
 use crate::address;
-use crate::lab::{Backend, Fabric, Host, Lab, NodeKind};
+use crate::lab::{Backend, Fabric, Host, Lab, Node, NodeKind};
 use crate::measure::{
     Bed, Direction, Limit, Offer, Path, PodSide, SourceKind, Stream, Trial, Tunnel, Watched, Work,
 };
@@ -47,9 +48,13 @@ pub(super) fn open(setup: Setup) -> Result<Box<dyn Bed>> {
     let lab = setup.up(builder.linux(1))?;
     let [source, sink] = ends(&setup, &lab);
     let mut description = setup.describe();
-    // So that live frames arrive here, also of a worker that looks for that when it starts. Of what a sink takes, nothing
-    // gets as far as GRO.
-    set_offloads_of_receive(lab.fabric().netns(), &Fabric::port(NODE))?;
+    if setup.wire.is_none() {
+        // So that live frames arrive here, also of a worker that looks for that when it starts. Of what a sink takes,
+        // nothing gets as far as GRO.
+        set_offloads_of_receive(lab.fabric().netns(), &Fabric::port(NODE))?;
+    } else if setup.path == Path::Ripstop && setup.plan.direction == Direction::Decap {
+        check_queues(lab.node(NODE), &setup, workers.len())?;
+    }
     let mut testpmd = None;
     if setup.path == Path::TestpmdAfxdp {
         let started = between(&lab, &setup, &workers)?;
@@ -57,7 +62,8 @@ pub(super) fn open(setup: Setup) -> Result<Box<dyn Bed>> {
         testpmd = Some(started);
     } else if setup.path != Path::Wire {
         let (node, leases) = (lab.node(NODE), setup.plan.leases);
-        peers::resolve_next_hops(&lab, node, leases)?;
+        let far = setup.wire.as_ref().map(|wire| wire.macs()[1]);
+        peers::resolve_next_hops(&lab, node, leases, far)?;
         if node.kind() == NodeKind::Ripstop {
             ripstop::start(&lab, leases, &[(NODE, workers)])?;
             let node = ripstop::describe(node, &setup.dataplane)?;
@@ -65,14 +71,16 @@ pub(super) fn open(setup: Setup) -> Result<Box<dyn Bed>> {
         } else {
             peers::program_kernel(&lab, node, leases)?;
         }
-        if let Some(way_in) = way_in(&setup) {
+        // A NIC of the machine's stays as it is.
+        let own = |interface: &&str| setup.wire.is_none() || *interface != "eth0";
+        if let Some(way_in) = way_in(&setup).filter(own) {
             if matches!(setup.plan.source, SourceKind::Auto | SourceKind::LiveFrames) {
                 // With an XDP program the interface has it already.
                 set_offloads_of_receive(node.netns(), way_in)?;
             }
             setup.placement.apply(node.netns(), way_in)?;
         }
-        description = format!("{description}; {}", setup.placement.describe());
+        description = format!("{description}; {}", receive_work(&setup));
     }
     Ok(Box::new(Gateway {
         testpmd,
@@ -83,6 +91,32 @@ pub(super) fn open(setup: Setup) -> Result<Box<dyn Bed>> {
         description,
         engines: None,
     }))
+}
+
+/// Who takes in what arrives at the node, for a person.
+fn receive_work(setup: &Setup) -> String {
+    match way_in(setup) {
+        Some("eth0") if setup.wire.is_some() => {
+            "receive work where the NIC's interrupts go".to_owned()
+        }
+        Some(_) | None => setup.placement.describe(),
+    }
+}
+
+/// Makes sure that all that arrives comes to a worker.
+fn check_queues(node: &Node, setup: &Setup, workers: usize) -> Result<()> {
+    let queues = shell(
+        node.netns(),
+        "ls -d /sys/class/net/eth0/queues/rx-* | wc -l",
+    )?;
+    let nic = setup.wire.as_ref().map_or("eth0", Wire::nic);
+    ensure!(
+        queues.trim() == workers.to_string(),
+        "{nic} has {} receive queues for {workers} worker(s), and packets on a queue without one take the kernel's path: \
+         ethtool -L {nic} combined {workers}, or a placement with as many workers (workers=1+2)",
+        queues.trim()
+    );
+    Ok(())
 }
 
 /// A testpmd that takes frames from the pod's side of the node to its NIC and back, as they are.
@@ -115,6 +149,13 @@ fn check(setup: &Setup) -> Result<()> {
         way_in(setup).is_some() || setup.placement.softirqs == Softirqs::Sender,
         "what enters at the door is taken in by nobody: rps and threaded mean nothing there"
     );
+    ensure!(
+        setup.wire.is_none()
+            || way_in(setup) != Some("eth0")
+            || setup.placement.softirqs == Softirqs::Sender,
+        "rps and threaded are for links of the lab's own: the receive work of a NIC is where its interrupts go \
+         (/proc/irq/*/smp_affinity_list)"
+    );
     Ok(())
 }
 
@@ -130,8 +171,21 @@ fn way_in(setup: &Setup) -> Option<&'static str> {
 /// Where source and sink are.
 fn ends(setup: &Setup, lab: &Lab) -> [End; 2] {
     let (node, pod) = (lab.node(NODE), lab.pod(NODE, 0));
-    let at = |netns: &Netns, interface: &str| (netns.clone(), interface.to_owned());
-    let nic = at(lab.fabric().netns(), &Fabric::port(NODE));
+    let [source_cpu, sink_cpu] = [setup.placement.source_cpu(), setup.placement.sink_cpu()];
+    let (pods_cpu, wire_cpu) = match setup.plan.direction {
+        Direction::Encap => (source_cpu, sink_cpu),
+        Direction::Decap => (sink_cpu, source_cpu),
+    };
+    let at = |netns: &Netns, interface: &str, cpu| End::Here {
+        netns: netns.clone(),
+        interface: interface.to_owned(),
+        cpu,
+    };
+    let wire = match &setup.wire {
+        Some(wire) => End::There(wire.peer().clone()),
+        None => at(lab.fabric().netns(), &Fabric::port(NODE), wire_cpu),
+    };
+    let at = |netns, interface| at(netns, interface, pods_cpu);
     let pods = match (setup.path, setup.plan.pod_side) {
         (Path::Wire, _) => at(node.netns(), "eth0"),
         (Path::TestpmdAfxdp, _) | (_, PodSide::Pod) => at(pod.netns(), "eth0"),
@@ -141,19 +195,10 @@ fn ends(setup: &Setup, lab: &Lab) -> [End; 2] {
             at(node.netns(), device.unwrap_or_default())
         }
     };
-    let (source, sink) = match setup.plan.direction {
-        Direction::Encap => (pods, nic),
-        Direction::Decap => (nic, pods),
-    };
-    let end = |(netns, interface), cpu| End {
-        netns,
-        interface,
-        cpu,
-    };
-    [
-        end(source, setup.placement.source_cpu()),
-        end(sink, setup.placement.sink_cpu()),
-    ]
+    match setup.plan.direction {
+        Direction::Encap => [pods, wire],
+        Direction::Decap => [wire, pods],
+    }
 }
 
 /// The outer header of packets from one node of the lab to another.
@@ -243,14 +288,25 @@ impl Gateway {
                 ..inner.clone()
             },
         };
+        let mac = |node| match &self.setup.wire {
+            Some(wire) => wire.macs()[usize::from(node != NODE)],
+            None => address::underlay_mac(node),
+        };
         let outer = |from, to| Stream {
-            to_mac: address::underlay_mac(to),
-            from_mac: address::underlay_mac(from),
+            to_mac: mac(to),
+            from_mac: mac(from),
             tunnel: tunnel(*backend, from, to),
             ..inner.clone()
         };
         Ok(match (path, plan.direction) {
-            (Path::Wire | Path::TestpmdAfxdp, Direction::Encap) => [inner.clone(), inner],
+            (Path::Wire | Path::TestpmdAfxdp, Direction::Encap) => {
+                // A NIC takes what is for its own address.
+                let bare = Stream {
+                    tunnel: None,
+                    ..outer(NODE, PEER)
+                };
+                [bare.clone(), bare]
+            }
             (Path::Wire | Path::TestpmdAfxdp, Direction::Decap) => {
                 [outer(PEER, NODE), outer(PEER, NODE)]
             }
@@ -293,7 +349,7 @@ impl Bed for Gateway {
         let engines = self
             .engines
             .clone()
-            .unwrap_or_else(|| format!("{} to {}", self.source.interface, self.sink.interface));
+            .unwrap_or_else(|| format!("{} to {}", self.source.describe(), self.sink.describe()));
         format!("gateway {direction}: {}; {engines}", self.description)
     }
 

@@ -10,6 +10,8 @@
 //!  pods             n1p0 ── n1 ═══ fabric ═══ n2 ── n2p0      TCP, requests and answers, or engines
 //! ```
 //!
+//! Across a wire the switch's end of n1's NIC is an agent's on another machine (`wire.rs`), and the rest is the same.
+//!
 //! A gateway's other end is the switch's end of its NIC, so that nothing behind it costs. What a bed says about a path it
 //! has seen: after each trial the counters of workers and of the kernel's tunnel device tell which one carried it.
 
@@ -23,19 +25,22 @@ mod ripstop;
 mod round_trips;
 mod tcp;
 pub mod testpmd;
+mod wire;
 
 use anyhow::{Result, bail, ensure};
 use serde_json::{Map, Value};
 
-use crate::engine::{self, Detail, Place};
+use crate::engine::{self, Detail};
 use crate::lab::{Backend, Lab, LabBuilder};
 use crate::measure::{
     Bed, BedPlan, Offer, Path, Rate, Size, SourceKind, Stream, Topology, Trial, Variant,
 };
-use crate::netns::Netns;
 
 use meter::Books;
 use placement::Placement;
+use wire::End;
+
+pub use wire::Wire;
 
 /// Sets a path up, ready for trials.
 ///
@@ -43,6 +48,24 @@ use placement::Placement;
 /// Not root; a plan that contradicts itself or asks for what this machine does not have (the message says what); or
 /// something did not come up. What was there already is taken down again.
 pub fn open(plan: &BedPlan, variant: &Variant) -> Result<Box<dyn Bed>> {
+    open_on(plan, variant, None)
+}
+
+/// As [`open`], with the NIC of a wire in place of the lab's own, and the agent there in place of the switch's end.
+///
+/// # Errors
+/// As [`open`], or the plan cannot cross a wire.
+pub fn open_across(plan: &BedPlan, variant: &Variant, wire: &Wire) -> Result<Box<dyn Bed>> {
+    let gateway = plan.topology == Topology::Gateway;
+    let is_testpmd = matches!(variant.path, Path::TestpmdAfxdp | Path::TestpmdNull);
+    ensure!(
+        gateway && !is_testpmd,
+        "only packets through a gateway cross a wire, by the kernel, Ripstop or nobody: take the topology \"gateway\", and no testpmd"
+    );
+    open_on(plan, variant, Some(wire))
+}
+
+fn open_on(plan: &BedPlan, variant: &Variant, wire: Option<&Wire>) -> Result<Box<dyn Bed>> {
     let backend = backend(&plan.backend)?;
     ensure!(
         (1..=peers::MAX).contains(&plan.leases),
@@ -63,6 +86,7 @@ pub fn open(plan: &BedPlan, variant: &Variant) -> Result<Box<dyn Bed>> {
         },
         dataplane: variant.dataplane.clone(),
         placement,
+        wire: wire.cloned(),
     };
     match (variant.path, plan.topology) {
         (Path::TestpmdNull, _) => framework::open(&setup),
@@ -102,16 +126,22 @@ struct Setup {
     backend: Backend,
     dataplane: Map<String, Value>,
     placement: Placement,
+    /// What is at the NIC of the node under test, if that is no port of the lab's switch.
+    wire: Option<Wire>,
 }
 
 impl Setup {
     /// The lab that all beds begin with. Its first node is the one under test.
     fn builder(&self) -> LabBuilder {
-        Lab::builder()
+        let builder = Lab::builder()
             .backend(self.backend)
             .mtu(self.plan.mtu)
             .pod_network(peers::NETWORK)
-            .dataplane_config(Value::Object(self.dataplane.clone()))
+            .dataplane_config(Value::Object(self.dataplane.clone()));
+        match &self.wire {
+            Some(wire) => builder.nic(wire.borrowed()),
+            None => builder,
+        }
     }
 
     /// Brings the lab up, without what would be heard in it beside the packets of a trial, and looks whether a kernel
@@ -149,27 +179,10 @@ impl Setup {
             Path::Kernel => format!("kernel, {backend}, {leases}{as_objects}"),
             Path::Ripstop => format!("Ripstop, {backend}, {leases}{halted}"),
             Path::Routing => format!("kernel without a tunnel, {leases}{as_objects}"),
+            Path::Wire if self.wire.is_some() => "one wire".to_owned(),
             Path::Wire => "one veth pair".to_owned(),
             Path::TestpmdAfxdp => "DPDK's testpmd, frames from port to port".to_owned(),
             Path::TestpmdNull => "DPDK's testpmd on null ports".to_owned(),
-        }
-    }
-}
-
-/// Where an engine of a bed runs.
-#[derive(Debug, Clone)]
-struct End {
-    netns: Netns,
-    interface: String,
-    cpu: usize,
-}
-
-impl End {
-    fn place(&self) -> Place<'_> {
-        Place {
-            netns: &self.netns,
-            interface: self.interface.clone(),
-            cpu: Some(self.cpu),
         }
     }
 }
@@ -198,8 +211,10 @@ fn packets(
         Rate::Pps(_) if !offer.count_only => Detail::Check,
         Rate::Pps(_) | Rate::Max | Rate::Window(_) => Detail::Count,
     };
-    let mut sink = engine::sink(&to.0.place(), to.1, detail)?;
-    let mut source = engine::source(&from.0.place(), from.1, kind)?;
+    let mut sink = to.0.sink(from.0, to.1, detail)?;
+    let mut source = from.0.source(from.1, kind)?;
+    from.0.await_carrier()?;
+    to.0.await_carrier()?;
     *engines = Some(format!("{} to {}", source.describe(), sink.describe()));
     let before = Books::read(lab)?;
     let mut trial = engine::trial(source.as_mut(), sink.as_mut(), offer.rate, offer.duration)?;
@@ -262,6 +277,7 @@ mod tests {
                 backend: Backend::Vxlan,
                 dataplane: Map::new(),
                 placement: Placement::parse(None).expect("is read"),
+                wire: None,
             };
             check_path(&setup, received, workers, standby).is_ok()
         };

@@ -103,20 +103,27 @@ pub(super) fn leases(lab: &Lab, count: u32) -> Leases {
     leases
 }
 
-/// Makes every next hop of a node known for good: what a neighbour's silence does to a path is not what is measured.
-pub(super) fn resolve_next_hops(lab: &Lab, node: &Node, count: u32) -> Result<()> {
+/// Makes every next hop of a node known for good: what a neighbour's silence does to a path is not what is measured. With
+/// `one_for_all` they all have that Ethernet address, which is the only one at the other end of a wire.
+pub(super) fn resolve_next_hops(
+    lab: &Lab,
+    node: &Node,
+    count: u32,
+    one_for_all: Option<Mac>,
+) -> Result<()> {
     ensure!((1..=MAX).contains(&count), "1 to {MAX} leases, not {count}");
+    let router = one_for_all.unwrap_or(address::router_mac(0, 0));
     let mut lines = format!(
         "neigh replace {} lladdr {} dev eth0 nud permanent\n",
         address::FABRIC,
-        address::router_mac(0, 0),
+        router,
     );
     for peer in lab
         .nodes()
         .iter()
         .filter(|peer| peer.index() != node.index())
     {
-        let mac = address::underlay_mac(peer.index());
+        let mac = one_for_all.unwrap_or(address::underlay_mac(peer.index()));
         writeln!(
             lines,
             "neigh replace {} lladdr {mac} dev eth0 nud permanent",
@@ -133,10 +140,10 @@ pub(super) fn resolve_next_hops(lab: &Lab, node: &Node, count: u32) -> Result<()
     if lab.backend() == Backend::HostGw && count > 1 {
         writeln!(lines, "route add {PUBLIC} dev eth0")?;
         for number in 0..count - 1 {
-            let (public, mac) = (Far::numbered(number).public, address::router_mac(0, 0));
+            let public = Far::numbered(number).public;
             writeln!(
                 lines,
-                "neigh replace {public} lladdr {mac} dev eth0 nud permanent"
+                "neigh replace {public} lladdr {router} dev eth0 nud permanent"
             )?;
         }
     }

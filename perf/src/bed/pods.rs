@@ -50,7 +50,7 @@ pub(super) fn open(setup: Setup) -> Result<Box<dyn Bed>> {
     }
     for index in NODES {
         let node = lab.node(index);
-        peers::resolve_next_hops(&lab, node, leases)?;
+        peers::resolve_next_hops(&lab, node, leases, None)?;
         if node.kind() == NodeKind::PlainLinux {
             peers::program_kernel(&lab, node, leases)?;
         }
@@ -118,7 +118,7 @@ impl Pods {
             from_mac: address::gateway_mac(NODES[1]),
             ..stream.clone()
         };
-        let end = |pod: &dyn Host, cpu| End {
+        let end = |pod: &dyn Host, cpu| End::Here {
             netns: pod.netns().clone(),
             interface: "eth0".to_owned(),
             cpu,

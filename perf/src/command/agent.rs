@@ -2,13 +2,14 @@
 
 use core::net::SocketAddr;
 use core::sync::atomic::AtomicBool;
-use std::fs;
 use std::net::TcpListener;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use ripstop_perf::engine::agent::{Agent, TOKEN_MIN, has_default_route, new_token};
+use ripstop_perf::engine::agent::{Agent, has_default_route, new_token};
+
+use super::read_token;
 
 /// Send and take test packets on an interface of this machine, for a client elsewhere.
 #[derive(Args)]
@@ -37,16 +38,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         options.nic
     );
     let token = match &options.token_file {
-        Some(file) => {
-            let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
-            let token = text.trim().to_owned();
-            ensure!(
-                token.len() >= TOKEN_MIN,
-                "{}: fewer than {TOKEN_MIN} characters",
-                file.display()
-            );
-            token
-        }
+        Some(file) => read_token(file)?,
         None => new_token()?,
     };
     let listener = TcpListener::bind(options.listen)

@@ -1,5 +1,6 @@
 //! The commands, one file each, and what they share.
 
+mod across;
 pub(crate) mod agent;
 pub(crate) mod compare;
 pub(crate) mod lab;
@@ -13,17 +14,21 @@ pub(crate) mod scale;
 pub(crate) mod soak;
 
 use core::sync::atomic::{AtomicBool, Ordering};
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use jiff::Timestamp;
+use ripstop_perf::engine::agent::TOKEN_MIN;
 use ripstop_perf::experiment::{Outcome, Progress, ResultFile, Scenario};
 use ripstop_perf::report::{page, text};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
+
+use across::Across;
 
 /// Exit status of a program that was ended by Ctrl-C.
 const INTERRUPTED: u8 = 130;
@@ -41,6 +46,8 @@ pub(crate) struct Common {
     /// looking takes is in the figures, like all that the machine spends.
     #[arg(long)]
     live: bool,
+    #[command(flatten)]
+    across: Across,
     #[command(flatten)]
     output: Output,
 }
@@ -105,6 +112,18 @@ fn has_nothing(result: &ResultFile) -> bool {
         Outcome::Soak(soak) => soak.slices.is_empty(),
         Outcome::Check(checked) => checked.is_empty(),
     }
+}
+
+/// Reads a token from a file.
+fn read_token(file: &Path) -> Result<String> {
+    let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
+    let token = text.trim().to_owned();
+    ensure!(
+        token.len() >= TOKEN_MIN,
+        "{}: fewer than {TOKEN_MIN} characters",
+        file.display()
+    );
+    Ok(token)
 }
 
 /// Set by Ctrl-C. A second one ends the program at once; the next lab removes what that leaves behind.

@@ -5,7 +5,6 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
-use ripstop_perf::bed;
 use ripstop_perf::experiment::ndr::search;
 use ripstop_perf::experiment::{NdrOptions, Outcome, Point, ResultFile};
 use ripstop_perf::measure::Rate;
@@ -50,6 +49,7 @@ impl Ndr {
             min_pps: self.min_pps,
             max_pps: self.max_pps,
         };
+        let opener = self.common.across.opener(&scenario)?;
         let stop = stop_flag()?;
         let began = now();
         let progress = self.common.progress(&stop)?;
@@ -57,7 +57,7 @@ impl Ndr {
         'all: for stage in scenario.stages() {
             for name in scenario.variant_names() {
                 let plan = scenario.plan_of(name, &stage)?;
-                let mut bed = bed::open(&plan, &scenario.variant(name, &stage)?)?;
+                let mut bed = opener.open(&plan, &scenario.variant(name, &stage)?)?;
                 for point in without_rates(&stage.points) {
                     if is_set(&stop) {
                         break 'all;
@@ -70,7 +70,7 @@ impl Ndr {
             }
         }
         drop(progress);
-        let result = ResultFile::new(scenario, Outcome::Ndr(found), began);
+        let result = ResultFile::new(scenario, Outcome::Ndr(found), began).over(opener.facts());
         self.common.output.give(&result, is_set(&stop))
     }
 }

@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
-use ripstop_perf::bed;
 use ripstop_perf::experiment::{Outcome, ResultFile, Scenario, runner};
+use ripstop_perf::measure::{BedPlan, Variant};
 
 use super::{Common, now, stop_flag};
 
@@ -43,10 +43,12 @@ pub(super) fn measure(
     if let Some(rounds) = rounds.rounds {
         scenario.rounds = rounds;
     }
+    let opener = common.across.opener(&scenario)?;
     let stop = stop_flag()?;
     let began = now();
-    let run = runner::run(&scenario, bed::open, &common.progress(&stop)?, &stop)?;
+    let open = |plan: &BedPlan, variant: &Variant| opener.open(plan, variant);
+    let run = runner::run(&scenario, open, &common.progress(&stop)?, &stop)?;
     let interrupted = run.interrupted;
-    let result = ResultFile::new(scenario, Outcome::Run(run), began);
+    let result = ResultFile::new(scenario, Outcome::Run(run), began).over(opener.facts());
     common.output.give(&result, interrupted)
 }

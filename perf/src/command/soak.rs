@@ -5,7 +5,6 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use ripstop_perf::bed;
 use ripstop_perf::experiment::neighbours::memory_of_ours;
 use ripstop_perf::experiment::soak::soak;
 use ripstop_perf::experiment::{Outcome, ResultFile, SoakOptions};
@@ -51,10 +50,11 @@ impl Soak {
             slice: Duration::from_secs(10).min(length / 10),
             loss: self.loss / 100.0,
         };
+        let opener = self.common.across.opener(&scenario)?;
         let stop = stop_flag()?;
         let began = now();
         let plan = scenario.plan_of(&name, stage)?;
-        let mut bed = bed::open(&plan, &scenario.variant(&name, stage)?)?;
+        let mut bed = opener.open(&plan, &scenario.variant(&name, stage)?)?;
         let progress = self.common.progress(&stop)?;
         let soaked = soak(
             bed.as_mut(),
@@ -68,7 +68,7 @@ impl Soak {
         drop(progress);
         drop(bed);
         let sound = soaked.problems.is_empty();
-        let result = ResultFile::new(scenario, Outcome::Soak(soaked), began);
+        let result = ResultFile::new(scenario, Outcome::Soak(soaked), began).over(opener.facts());
         let code = self.common.output.give(&result, is_set(&stop))?;
         Ok(if sound || is_set(&stop) {
             code

@@ -7,6 +7,10 @@
 //! The client speaks first, with the protocol's version and a token; an agent that hears anything else hangs up. There is
 //! one client at a time. When it is gone, whatever was sending stops. Lines are bounded. Nothing is encrypted: the token
 //! keeps strangers of a test network from starting a flood, and no more.
+//!
+//! For a window ([`Rate::Window`]) the source has to know how far the sink is. A far sink is asked again and again, and
+//! answers when there is something to tell; a far source is told while the client waits for its end. Either is some 0.2 ms
+//! late, so that a window of 512 allows two million packets a second and no more.
 
 use core::net::SocketAddr;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -14,21 +18,26 @@ use core::time::Duration;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::kernel::monotonic_ns;
-use super::{Detail, Place, Progress, Sink, SinkOptions, SinkReport, Source, SourceReport};
-use crate::measure::{Rate, SourceKind, Stream};
+use super::kernel::{self, monotonic_ns};
+use super::{
+    Detail, Place, Progress, Sink, SinkOptions, SinkReport, Source, SourceReport, await_carrier,
+    wire_end,
+};
+use crate::address::Mac;
+use crate::measure::{Rate, SourceKind, Stream, WireEnd};
 use crate::netns::Netns;
 use crate::sys;
 
 /// Both sides must speak the same.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Bytes of the longest line: a stream to 100,000 destinations, or the counts of as many flows.
 const LINE_MAX: u64 = 8 << 20;
 /// The first line of a client.
@@ -39,6 +48,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
 /// The longest that an agent sends without being asked again.
 const DURATION_MAX: Duration = Duration::from_secs(24 * 3600);
+/// A far sink's progress is told when so many packets have come, or fewer and nobody was told for `TELL`, or after `TELL_MAX`.
+const TELL_PACKETS: u64 = 64;
+const TELL: Duration = Duration::from_micros(200);
+const TELL_MAX: Duration = Duration::from_millis(5);
+/// How often it is looked at.
+const GLANCE: Duration = Duration::from_micros(50);
 /// An answer to another question.
 const UNEXPECTED: &str = "the agent answers something else";
 /// The shortest token.
@@ -70,6 +85,20 @@ enum Request {
     FinishSink {
         sent_by_flow: Vec<u64>,
     },
+    /// How many packets have come, once that is more than this.
+    Progress {
+        after: u64,
+    },
+    /// So many packets of the source's window have come. Has no answer, and is for `FinishSource` to hear.
+    Arrived {
+        packets: u64,
+    },
+    /// Waits until the NIC has a carrier, which engines may have taken from it.
+    AwaitCarrier,
+    /// The source, if there is one, is not needed any more.
+    CloseSource,
+    /// The same of the sink.
+    CloseSink,
 }
 
 /// What an agent answers.
@@ -78,10 +107,12 @@ enum Request {
 enum Answer {
     Hello {
         version: u32,
-        interface: String,
         boot: String,
+        mac: Mac,
+        end: WireEnd,
     },
     Done,
+    Arrived(u64),
     Opened(String),
     Sent(SourceReport),
     Came(Box<SinkReport>),
@@ -142,37 +173,41 @@ impl Agent {
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        // A client whose machine is gone says nothing: ask.
-        sys::set_option(stream, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
-        for (option, value) in [
-            (libc::TCP_KEEPIDLE, 3),
-            (libc::TCP_KEEPINTVL, 1),
-            (libc::TCP_KEEPCNT, 3),
-        ] {
-            sys::set_option(stream, libc::IPPROTO_TCP, option, value)?;
-        }
+        notice_a_dead_end(stream)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut lines = BufReader::new(stream.try_clone()?);
         match read(&mut lines, GREETING_MAX)? {
             Some(Request::Hello { version, token }) if same(&token, &self.token) => {
-                ensure!(
-                    version == VERSION,
-                    "it speaks version {version}, this agent {VERSION}"
-                );
+                if version != VERSION {
+                    let why = format!(
+                        "the client speaks version {version}, this agent {VERSION}: take ripstop-perf of one commit on both machines"
+                    );
+                    write(stream, &Answer::Failed(why.clone()))?;
+                    bail!(why);
+                }
             }
             Some(_) => bail!("it does not know the token"),
             None => return Ok(()),
         }
-        let hello = Answer::Hello {
-            version: VERSION,
-            interface: self.interface.clone(),
-            boot: boot(),
+        let hello = match wire_end(&Netns::of_this_thread(), &self.interface) {
+            Ok((mac, end)) => Answer::Hello {
+                version: VERSION,
+                boot: boot(),
+                mac,
+                end,
+            },
+            Err(error) => Answer::Failed(format!("{error:#}")),
         };
         write(stream, &hello)?;
         stream.set_read_timeout(Some(LOOK))?;
-        let (mut source, mut sink) = (None, None);
+        kernel::sleep_exactly();
+        let mut engines = Engines::default();
         while let Some(request) = await_line(&mut lines, stream, stop)? {
-            let answer = self.answer(request, &mut source, &mut sink, stream, stop);
+            if let Request::Arrived { .. } = request {
+                // It was on its way when the source had ended.
+                continue;
+            }
+            let answer = self.answer(request, &mut engines, &mut lines, stream, stop);
             let answer = answer.unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
             write(stream, &answer)?;
         }
@@ -182,11 +217,16 @@ impl Agent {
     fn answer(
         &self,
         request: Request,
-        source: &mut Option<Box<dyn Source>>,
-        sink: &mut Option<Box<dyn Sink>>,
+        engines: &mut Engines,
+        lines: &mut BufReader<TcpStream>,
         stream: &TcpStream,
         stop: &AtomicBool,
     ) -> Result<Answer> {
+        let Engines {
+            source,
+            sink,
+            arrived,
+        } = engines;
         let netns = Netns::of_this_thread();
         let place = Place {
             netns: &netns,
@@ -203,18 +243,19 @@ impl Agent {
             }
             Request::Start { rate, duration } => {
                 ensure!(duration <= DURATION_MAX, "longer than a day");
-                ensure!(
-                    !matches!(rate, Rate::Window(_)),
-                    "a window needs both engines on one machine"
-                );
                 let source = source.as_mut().context("no source was opened")?;
-                source.start(rate, duration, None)?;
+                *arrived = matches!(rate, Rate::Window(_)).then(|| Arc::new(Progress::far()));
+                source.start(rate, duration, arrived.clone())?;
                 Ok(Answer::Done)
             }
             Request::FinishSource => {
                 let open = source.as_mut().context("no source was opened")?;
                 while open.is_sending() {
-                    if stop.load(Ordering::Relaxed) || is_gone(stream) {
+                    let goes_on = match arrived {
+                        Some(arrived) => hear(arrived, lines, stream, stop)?,
+                        None => !is_gone(stream),
+                    };
+                    if stop.load(Ordering::Relaxed) || !goes_on {
                         *source = None;
                         bail!("stopped");
                     }
@@ -231,14 +272,90 @@ impl Agent {
                 Ok(Answer::Opened(opened.describe()))
             }
             Request::Reset => {
-                sink.as_mut().context("no sink was opened")?.reset()?;
+                let sink = sink.as_mut().context("no sink was opened")?;
+                sink.reset()?;
+                Ok(Answer::Arrived(sink.progress().packets()))
+            }
+            Request::Progress { after } => {
+                let sink = sink.as_ref().context("no sink was opened")?;
+                Ok(Answer::Arrived(come(&sink.progress(), after)))
+            }
+            Request::Arrived { .. } => bail!("out of turn"),
+            Request::AwaitCarrier => {
+                await_carrier(&netns, &self.interface)?;
                 Ok(Answer::Done)
             }
             Request::FinishSink { sent_by_flow } => {
                 let sink = sink.as_mut().context("no sink was opened")?;
                 Ok(Answer::Came(Box::new(sink.finish(&sent_by_flow)?)))
             }
+            Request::CloseSource => {
+                *source = None;
+                Ok(Answer::Done)
+            }
+            Request::CloseSink => {
+                *sink = None;
+                Ok(Answer::Done)
+            }
         }
+    }
+}
+
+/// The engines of a client.
+#[derive(Default)]
+struct Engines {
+    source: Option<Box<dyn Source>>,
+    sink: Option<Box<dyn Sink>>,
+    /// Packets of the source's window that have come, as the client tells.
+    arrived: Option<Arc<Progress>>,
+}
+
+/// Waits a moment for what the client tells of its sink; whether the client is still there.
+fn hear(
+    arrived: &Progress,
+    lines: &mut BufReader<TcpStream>,
+    stream: &TcpStream,
+    stop: &AtomicBool,
+) -> Result<bool> {
+    if !is_readable(lines, stream, TELL_MAX)? {
+        return Ok(true);
+    }
+    match await_line(lines, stream, stop)? {
+        None => Ok(false),
+        Some(Request::Arrived { packets }) => {
+            arrived.set(packets);
+            Ok(true)
+        }
+        Some(_) => bail!("the client asks while it waits for the source"),
+    }
+}
+
+/// Waits until a sink has something to tell to whom this number was told before.
+fn come(sink: &Progress, after: u64) -> u64 {
+    let begin = Instant::now();
+    loop {
+        let (packets, waited) = (sink.packets(), begin.elapsed());
+        let enough =
+            packets >= after.saturating_add(TELL_PACKETS) || (packets > after && waited >= TELL);
+        if enough || waited >= TELL_MAX {
+            return packets;
+        }
+        thread::sleep(GLANCE);
+    }
+}
+
+/// Whether there is something to read, or comes within this time (in whole milliseconds).
+fn is_readable(
+    lines: &BufReader<TcpStream>,
+    stream: &TcpStream,
+    within: Duration,
+) -> io::Result<bool> {
+    if !lines.buffer().is_empty() {
+        return Ok(true);
+    }
+    match kernel::wait_readable(&mut [kernel::readable(stream.as_fd())], within) {
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+        outcome => outcome,
     }
 }
 
@@ -248,6 +365,19 @@ impl Agent {
 )]
 fn complain(what: &str) {
     eprintln!("agent: {what}");
+}
+
+/// A machine that is gone says nothing: has the kernel ask it.
+fn notice_a_dead_end(stream: &TcpStream) -> Result<()> {
+    sys::set_option(stream, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
+    for (option, value) in [
+        (libc::TCP_KEEPIDLE, 3),
+        (libc::TCP_KEEPINTVL, 1),
+        (libc::TCP_KEEPCNT, 3),
+    ] {
+        sys::set_option(stream, libc::IPPROTO_TCP, option, value)?;
+    }
+    Ok(())
 }
 
 /// Tells a second client that there is a first.
@@ -369,11 +499,27 @@ fn routes_by_default(four: &str, six: &str, interface: &str) -> bool {
         })
 }
 
+/// A question and its answer; nothing if the other end hung up instead.
+fn exchange(connection: &mut BufReader<TcpStream>, request: &Request) -> Result<Option<Answer>> {
+    write(connection.get_ref(), request)?;
+    answer(connection)
+}
+
+fn answer(connection: &mut BufReader<TcpStream>) -> Result<Option<Answer>> {
+    match read(connection, LINE_MAX)? {
+        Some(Answer::Failed(why)) => bail!("the agent says: {why}"),
+        answer => Ok(answer),
+    }
+}
+
 /// A connection to an agent.
 #[derive(Debug, Clone)]
 pub struct Peer {
     connection: Arc<Mutex<BufReader<TcpStream>>>,
     name: String,
+    address: SocketAddr,
+    mac: Mac,
+    end: WireEnd,
     /// Whether it is on this machine, so that both have one clock.
     shares_clock: bool,
 }
@@ -387,23 +533,19 @@ impl Peer {
         let connect = || -> Result<Self> {
             let stream = TcpStream::connect_timeout(&agent, PATIENCE)?;
             stream.set_nodelay(true)?;
-            let mut peer = Self {
-                connection: Arc::new(Mutex::new(BufReader::new(stream))),
-                name: String::new(),
-                shares_clock: false,
-            };
+            notice_a_dead_end(&stream)?;
+            let mut connection = BufReader::new(stream);
             let hello = Request::Hello {
                 version: VERSION,
                 token: token.to_owned(),
             };
-            let answer = peer
-                .ask(&hello)
-                .context("it hung up: is the token right?")?;
+            let answer = exchange(&mut connection, &hello)?;
             let Answer::Hello {
                 version,
-                interface,
                 boot: there,
-            } = answer
+                mac,
+                end,
+            } = answer.context("it hung up: is the token right?")?
             else {
                 bail!(UNEXPECTED);
             };
@@ -411,10 +553,15 @@ impl Peer {
                 version == VERSION,
                 "it speaks version {version}, we {VERSION}"
             );
-            peer.name = format!("{interface} of {agent}");
             let here = boot();
-            peer.shares_clock = !here.is_empty() && here == there;
-            Ok(peer)
+            Ok(Self {
+                connection: Arc::new(Mutex::new(connection)),
+                name: format!("{} of {agent}", end.nic),
+                address: agent,
+                mac,
+                end,
+                shares_clock: !here.is_empty() && here == there,
+            })
         };
         connect().with_context(|| format!("agent at {agent}"))
     }
@@ -424,12 +571,62 @@ impl Peer {
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        exchange(&mut connection, request)?.context("the agent has hung up")
+    }
+
+    /// Asks for a source's end, and tells meanwhile how many packets of its window have come.
+    fn ask_and_tell(&self, request: &Request, arrived: impl Fn() -> u64) -> Result<Answer> {
+        let mut connection = self
+            .connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         write(connection.get_ref(), request)?;
-        match read(&mut *connection, LINE_MAX)? {
-            Some(Answer::Failed(why)) => bail!("the agent says: {why}"),
-            Some(answer) => Ok(answer),
-            None => bail!("the agent has hung up"),
+        let mut told = 0;
+        while !is_readable(&connection, connection.get_ref(), Duration::ZERO)? {
+            let packets = arrived();
+            if packets > told {
+                write(connection.get_ref(), &Request::Arrived { packets })?;
+                told = packets;
+            }
+            thread::sleep(2 * GLANCE);
         }
+        answer(&mut connection)?.context("the agent has hung up")
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// This end of the connection to it.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub fn local_address(&self) -> Result<SocketAddr> {
+        let connection = self
+            .connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        Ok(connection.get_ref().local_addr()?)
+    }
+
+    /// The Ethernet address of its NIC.
+    #[must_use]
+    pub fn mac(&self) -> Mac {
+        self.mac
+    }
+
+    /// Its NIC and its machine.
+    #[must_use]
+    pub fn end(&self) -> &WireEnd {
+        &self.end
+    }
+
+    /// Whether it is on this machine, so that both have one clock.
+    #[must_use]
+    pub fn shares_clock(&self) -> bool {
+        self.shares_clock
     }
 
     fn open(&self, request: &Request) -> Result<String> {
@@ -448,7 +645,15 @@ impl Peer {
         Ok(())
     }
 
-    /// As [`engine::source`](super::source), there. It ends with the connection, or when another is made.
+    /// Waits until its NIC has a carrier, which the opening of an engine at either end may have taken from it.
+    ///
+    /// # Errors
+    /// It has none for long, or the connection broke.
+    pub fn await_carrier(&self) -> Result<()> {
+        self.order(&Request::AwaitCarrier)
+    }
+
+    /// As [`engine::source`](super::source), there. It ends when it is dropped, and with the connection.
     ///
     /// # Errors
     /// As there, or the connection broke.
@@ -459,10 +664,11 @@ impl Peer {
             peer: self.clone(),
             until: None,
             begin_ns: 0,
+            feedback: None,
         }))
     }
 
-    /// As [`engine::sink_with`](super::sink_with), there. It ends with the connection, or when another is made.
+    /// As [`engine::sink_with`](super::sink_with), there. It ends when it is dropped, and with the connection.
     ///
     /// # Errors
     /// As there, or the connection broke.
@@ -480,6 +686,8 @@ impl Peer {
                 options,
             })?,
             peer: self.clone(),
+            progress: Arc::new(Progress::far()),
+            watch: Mutex::new(None),
         }))
     }
 }
@@ -491,6 +699,8 @@ struct RemoteSource {
     description: String,
     until: Option<Instant>,
     begin_ns: u64,
+    /// The sink, and its count at the start.
+    feedback: Option<(Arc<Progress>, u64)>,
 }
 
 impl Source for RemoteSource {
@@ -498,8 +708,14 @@ impl Source for RemoteSource {
         &mut self,
         rate: Rate,
         duration: Duration,
-        _feedback: Option<Arc<Progress>>,
+        feedback: Option<Arc<Progress>>,
     ) -> Result<()> {
+        ensure!(
+            feedback.is_some() || !matches!(rate, Rate::Window(_)),
+            "a window needs the sink's progress"
+        );
+        let feedback = feedback.filter(|_| matches!(rate, Rate::Window(_)));
+        self.feedback = feedback.map(|sink| (Arc::clone(&sink), sink.packets()));
         self.begin_ns = monotonic_ns();
         self.peer.order(&Request::Start { rate, duration })?;
         self.until = Some(Instant::now() + duration);
@@ -512,7 +728,13 @@ impl Source for RemoteSource {
 
     fn finish(&mut self) -> Result<SourceReport> {
         self.until = None;
-        let Answer::Sent(mut report) = self.peer.ask(&Request::FinishSource)? else {
+        let answer = match self.feedback.take() {
+            None => self.peer.ask(&Request::FinishSource)?,
+            Some((sink, base)) => self
+                .peer
+                .ask_and_tell(&Request::FinishSource, || sink.packets() - base)?,
+        };
+        let Answer::Sent(mut report) = answer else {
             bail!(UNEXPECTED);
         };
         if !self.peer.shares_clock {
@@ -526,23 +748,87 @@ impl Source for RemoteSource {
     }
 }
 
+impl Drop for RemoteSource {
+    fn drop(&mut self) {
+        // An agent that is gone has closed it as well.
+        drop(self.peer.ask(&Request::CloseSource));
+    }
+}
+
 /// A sink at an agent.
 #[derive(Debug)]
 struct RemoteSink {
     peer: Peer,
     description: String,
+    progress: Arc<Progress>,
+    /// What asks for the progress, from the first time that somebody wants to know until the end of the trial.
+    watch: Mutex<Option<Watch>>,
+}
+
+/// A thread that keeps asking an agent for its sink's progress.
+#[derive(Debug)]
+struct Watch {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    fn start(peer: &Peer, progress: &Arc<Progress>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = thread::spawn({
+            let (peer, progress, stop) = (peer.clone(), Arc::clone(progress), Arc::clone(&stop));
+            move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let after = progress.packets();
+                    match peer.ask(&Request::Progress { after }) {
+                        Ok(Answer::Arrived(packets)) => progress.set(packets),
+                        // Whoever asks for the report hears what is wrong.
+                        Ok(_) | Err(_) => return,
+                    }
+                }
+            }
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic has been printed.
+            drop(thread.join());
+        }
+    }
+}
+
+impl RemoteSink {
+    fn watch(&self) -> MutexGuard<'_, Option<Watch>> {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Sink for RemoteSink {
     fn progress(&self) -> Arc<Progress> {
-        Arc::new(Progress::far())
+        self.watch()
+            .get_or_insert_with(|| Watch::start(&self.peer, &self.progress));
+        Arc::clone(&self.progress)
     }
 
     fn reset(&mut self) -> Result<()> {
-        self.peer.order(&Request::Reset)
+        *self.watch() = None;
+        let Answer::Arrived(packets) = self.peer.ask(&Request::Reset)? else {
+            bail!(UNEXPECTED);
+        };
+        self.progress.set(packets);
+        Ok(())
     }
 
     fn finish(&mut self, sent_by_flow: &[u64]) -> Result<SinkReport> {
+        *self.watch() = None;
         let sent_by_flow = sent_by_flow.to_vec();
         let Answer::Came(mut report) = self.peer.ask(&Request::FinishSink { sent_by_flow })? else {
             bail!(UNEXPECTED);
@@ -557,6 +843,14 @@ impl Sink for RemoteSink {
 
     fn describe(&self) -> String {
         self.description.clone()
+    }
+}
+
+impl Drop for RemoteSink {
+    fn drop(&mut self) {
+        *self.watch() = None;
+        // An agent that is gone has closed it as well.
+        drop(self.peer.ask(&Request::CloseSink));
     }
 }
 

@@ -12,6 +12,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use libbpf_rs::libbpf_sys;
 
+use crate::address::Mac;
+
 /// An interface of Ethernet frames (`ARPHRD_ETHER`).
 const HARDWARE_ETHERNET: u16 = 1;
 
@@ -193,8 +195,14 @@ pub(super) struct Properties {
     pub(super) ethernet: bool,
     /// Whether it is up.
     pub(super) up: bool,
+    /// Whether it can send and receive, as far as the driver knows: a NIC has a carrier.
+    pub(super) running: bool,
     /// Its driver's name; empty where none is told.
     pub(super) driver: String,
+    /// Its address, where it has Ethernet headers.
+    pub(super) mac: Mac,
+    /// Megabits a second, where the driver tells.
+    pub(super) speed_mbps: Option<u32>,
 }
 
 /// Asks an interface of the calling thread's namespace.
@@ -213,15 +221,19 @@ pub(super) fn properties(name: &str) -> io::Result<Properties> {
     // SAFETY: SIOCGIFHWADDR reads and writes the ifreq, which is borrowed exclusively across the call.
     check(unsafe { libc::ioctl(fd, libc::SIOCGIFHWADDR, &raw mut request) })?;
     // SAFETY: the call above has filled this member.
-    let hardware = unsafe { request.ifr_ifru.ifru_hwaddr.sa_family };
+    let hardware = unsafe { request.ifr_ifru.ifru_hwaddr };
+    let [a, b, c, d, e, f, ..] = hardware.sa_data.map(libc::c_char::cast_unsigned);
     // SAFETY: as the first call.
     check(unsafe { libc::ioctl(fd, libc::SIOCGIFFLAGS, &raw mut request) })?;
     // SAFETY: the call above has filled this member.
     let flags = unsafe { request.ifr_ifru.ifru_flags };
     Ok(Properties {
-        ethernet: hardware == HARDWARE_ETHERNET,
+        ethernet: hardware.sa_family == HARDWARE_ETHERNET,
         up: i32::from(flags) & libc::IFF_UP != 0,
+        running: i32::from(flags) & libc::IFF_RUNNING != 0,
         driver: driver(fd, request).unwrap_or_default(),
+        mac: Mac([a, b, c, d, e, f]),
+        speed_mbps: speed(fd, request).ok().flatten(),
     })
 }
 
@@ -242,6 +254,31 @@ fn driver(fd: c_int, mut request: libc::ifreq) -> io::Result<String> {
         .collect();
     let name = bytes[DRIVER_NAME].split(|byte| *byte == 0).next();
     Ok(String::from_utf8_lossy(name.unwrap_or_default()).into_owned())
+}
+
+/// Bytes of `struct ethtool_cmd` (uapi/linux/ethtool.h), which every driver answers to, and where the two halves of the speed
+/// are in it.
+const SETTINGS_BYTES: usize = 44;
+const SPEED_LOW: usize = 12;
+const SPEED_HIGH: usize = 28;
+const ETHTOOL_GSET: u32 = 1;
+/// `SPEED_UNKNOWN`.
+const UNKNOWN: u32 = u32::MAX;
+
+fn speed(fd: c_int, mut request: libc::ifreq) -> io::Result<Option<u32>> {
+    let mut settings = [0_u32; SETTINGS_BYTES / 4];
+    settings[0] = ETHTOOL_GSET;
+    request.ifr_ifru.ifru_data = settings.as_mut_ptr().cast();
+    // SAFETY: SIOCETHTOOL reads the ifreq, and reads and writes the ethtool_cmd that it points to; both live across the call.
+    check(unsafe { libc::ioctl(fd, libc::SIOCETHTOOL, &raw mut request) })?;
+    let bytes: Vec<u8> = settings
+        .iter()
+        .flat_map(|word| word.to_ne_bytes())
+        .collect();
+    let half = |at: usize| u32::from(u16::from_ne_bytes([bytes[at], bytes[at + 1]]));
+    let speed = half(SPEED_HIGH) << 16 | half(SPEED_LOW);
+    // Some say 65535 where they know nothing.
+    Ok(Some(speed).filter(|speed| !matches!(*speed, 0 | 0xffff | UNKNOWN)))
 }
 
 /// Bytes of `struct perf_event_attr` in its first version (`PERF_ATTR_SIZE_VER0`): type, size, config, and more that is 0.

@@ -32,19 +32,25 @@ mod source;
 
 use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
+use std::fs;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use self::kernel::Words;
-use crate::measure::{Limit, Rate, SourceKind, Stream, Trial};
+use crate::address::Mac;
+use crate::lab::wait_until;
+use crate::measure::{Limit, Rate, SourceKind, Stream, Trial, WireEnd};
 use crate::netns::Netns;
 
 pub(crate) use cpu::Window;
 pub use cpu::cpu_times;
 pub use packet::{PAYLOAD_MIN, TEST_PORT};
+
+/// How long a NIC may take to agree with its other end on a speed.
+const CARRIER: Duration = Duration::from_secs(20);
 
 /// Where an engine runs.
 #[derive(Debug, Clone)]
@@ -138,7 +144,7 @@ pub struct Progress {
     own: AtomicU64,
     /// The counters of a BPF program, which counts by itself.
     slots: Option<Words>,
-    /// The sink is on another machine: this counts nothing.
+    /// The sink is on another machine: this is what it last told.
     is_far: bool,
 }
 
@@ -159,6 +165,11 @@ impl Progress {
             is_far: true,
             ..Self::default()
         }
+    }
+
+    /// Takes down what a far sink has told.
+    fn set(&self, packets: u64) {
+        self.own.store(packets, Ordering::Relaxed);
     }
 
     fn add(&self, packets: u64) {
@@ -264,6 +275,8 @@ pub struct SinkOptions {
     pub ring_entries: u32,
     /// A rest after each burst of a sink that checks. Only to show what a sink that is too slow reports.
     pub rest: Duration,
+    /// The source is on a machine with another clock: its time stamps say nothing here, and there is no latency.
+    pub foreign_clock: bool,
 }
 
 impl Default for SinkOptions {
@@ -272,8 +285,45 @@ impl Default for SinkOptions {
             hook: Hook::Auto,
             ring_entries: 4096,
             rest: Duration::ZERO,
+            foreign_clock: false,
         }
     }
+}
+
+/// What an interface of a namespace is, and its Ethernet address.
+///
+/// # Errors
+/// There is none of that name, or it has no Ethernet address.
+pub(crate) fn wire_end(netns: &Netns, interface: &str) -> Result<(Mac, WireEnd)> {
+    let properties = netns
+        .run(|| kernel::properties(interface))?
+        .with_context(|| format!("interface {interface}"))?;
+    ensure!(
+        properties.ethernet,
+        "{interface} has no Ethernet headers: name a NIC"
+    );
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let end = WireEnd {
+        nic: interface.to_owned(),
+        driver: properties.driver,
+        speed_mbps: properties.speed_mbps,
+        kernel: kernel.trim().to_owned(),
+    };
+    Ok((properties.mac, end))
+}
+
+/// Waits until an interface has a carrier. Many a NIC loses it for a second or more when it gets an XDP program or a socket,
+/// and what is sent meanwhile is lost.
+///
+/// # Errors
+/// It has none for long, or is not there.
+pub(crate) fn await_carrier(netns: &Netns, interface: &str) -> Result<()> {
+    let what = format!("{interface} has a carrier: is the other end up?");
+    let running = || {
+        let properties = netns.run(|| kernel::properties(interface));
+        matches!(properties, Ok(Ok(properties)) if properties.running)
+    };
+    wait_until(&what, CARRIER, running)
 }
 
 /// Runs one trial, and accounts for it: all but what a path alone can know.
@@ -288,7 +338,9 @@ pub fn trial(
 ) -> Result<Trial> {
     sink.reset()?;
     let window = Window::open()?;
-    source.start(rate, duration, Some(sink.progress()))?;
+    // A far sink tells its progress only if it is asked to.
+    let feedback = matches!(rate, Rate::Window(_)).then(|| sink.progress());
+    source.start(rate, duration, feedback)?;
     let sent = source.finish()?;
     let (cpus, counters) = window.close()?;
     let came = sink.finish(&sent.sent_by_flow)?;

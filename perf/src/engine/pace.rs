@@ -4,7 +4,7 @@ use core::time::Duration;
 use std::sync::Arc;
 use std::thread;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use super::Progress;
 use super::kernel::{monotonic_ns, nanoseconds};
@@ -65,14 +65,10 @@ impl Pace {
         burst: u64,
         feedback: Option<Arc<Progress>>,
     ) -> Result<Self> {
-        if let Rate::Window(_) = rate {
-            let progress = feedback.as_ref();
-            let progress = progress.context("a window needs the sink's progress")?;
-            ensure!(
-                !progress.is_far,
-                "a window needs both engines on one machine"
-            );
-        }
+        ensure!(
+            feedback.is_some() || !matches!(rate, Rate::Window(_)),
+            "a window needs the sink's progress"
+        );
         let base = feedback.as_ref().map_or(0, |progress| progress.packets());
         let begin_ns = monotonic_ns();
         Ok(Self {
@@ -170,8 +166,11 @@ impl Pace {
             thread::sleep(Duration::from_nanos((left - SPIN).min(20_000_000)));
             return;
         }
+        let is_far = self.feedback.as_ref().is_some_and(|sink| sink.is_far);
         match self.rate {
             Rate::Window(NAP_FROM..) => thread::sleep(NAP),
+            // It tells now and then.
+            Rate::Window(_) if is_far => thread::sleep(NAP),
             // The sink may be on this CPU.
             Rate::Window(_) => thread::yield_now(),
             Rate::Max | Rate::Pps(_) => core::hint::spin_loop(),

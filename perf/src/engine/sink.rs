@@ -243,6 +243,8 @@ struct Account {
     order: Order,
     /// Packets from before the reset are not of this account.
     since_ns: u64,
+    /// The source has another clock.
+    foreign_clock: bool,
     received: u64,
     received_bytes: u64,
     reordered: u64,
@@ -255,11 +257,12 @@ struct Account {
 }
 
 impl Account {
-    fn new(flows: usize) -> Result<Self> {
+    fn new(flows: usize, foreign_clock: bool) -> Result<Self> {
         Ok(Self {
             reader: Reader::new(),
             order: Order::new(flows),
             since_ns: monotonic_ns(),
+            foreign_clock,
             received: 0,
             received_bytes: 0,
             reordered: 0,
@@ -296,8 +299,10 @@ impl Account {
                 sequence,
                 age_ns,
             } => {
-                // Sent before the reset, unless the clocks are not the same.
-                if at_ns.saturating_sub(age_ns) < self.since_ns && age_ns < AGE_MAX / 2 {
+                // Sent before the reset; an age of half the range is a stamp of a moment that this CPU has not reached yet.
+                // With another clock nobody can tell.
+                let before = at_ns.saturating_sub(age_ns) < self.since_ns && age_ns < AGE_MAX / 2;
+                if before && !self.foreign_clock {
                     return;
                 }
                 (flow, sequence, age_ns)
@@ -332,7 +337,9 @@ impl Account {
         }
         self.received += 1;
         self.received_bytes += u64::try_from(payload.len() + headers).unwrap_or_default();
-        self.latency.saturating_record(age_ns);
+        if !self.foreign_clock {
+            self.latency.saturating_record(age_ns);
+        }
         self.seen(at_ns);
     }
 
@@ -407,7 +414,10 @@ impl Check {
             Hook::Auto | Hook::Ingress => (Feed::Ring(tap.program.map("ring")?), Vec::new()),
         };
         let shared = Arc::new(Shared {
-            account: Mutex::new(Account::new(packet::flow_count(stream))?),
+            account: Mutex::new(Account::new(
+                packet::flow_count(stream),
+                options.foreign_clock,
+            )?),
             stop: AtomicBool::new(false),
             cpu_ns: AtomicU64::new(0),
             progress: Arc::default(),
@@ -521,7 +531,7 @@ impl Sink for Check {
             corrupt: account.corrupt,
             first_ns: account.first_ns,
             last_ns: account.last_ns,
-            latency: Some(account.latency.clone()),
+            latency: (!account.foreign_clock).then(|| account.latency.clone()),
             cpu,
             limits,
         })
@@ -684,4 +694,46 @@ fn read_ring(shared: &Shared, map: &MapHandle, headers: usize, rest: Duration) -
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::address::Mac;
+    use crate::engine::packet::Shape;
+    use crate::measure::Size;
+
+    /// The payload of a packet that was made at this time.
+    fn payload(made_ns: u64) -> Vec<u8> {
+        let stream = Stream {
+            to_mac: Mac([2, 0, 0, 0, 0, 2]),
+            from_mac: Mac([2, 0, 0, 0, 0, 1]),
+            from: [10, 244, 1, 2].into(),
+            to: vec![[10, 244, 2, 2].into()],
+            first_port: 20_000,
+            flows: 1,
+            size: Size::Bytes(64),
+            tunnel: None,
+        };
+        let shape = Shape::of(&stream, true).expect("sizes are good");
+        let mut frame = vec![0; shape.frame_bytes_max()];
+        shape.write(0, 0, 0, made_ns, &mut frame);
+        let family = packet::family(&stream).expect("one family");
+        frame.split_off(Places::of(None, family, true).payload)
+    }
+
+    /// What is received of a packet with the time stamp of a second before the account began, and the ages that were recorded.
+    fn taken(foreign_clock: bool) -> (u64, u64) {
+        let mut account = Account::new(1, foreign_clock).expect("bounds");
+        let now = account.since_ns + 1000;
+        account.take(now, &payload(now - 1_000_000_000), 28);
+        assert_eq!(account.corrupt, 0);
+        (account.received, account.latency.len())
+    }
+
+    #[test]
+    fn stamps_of_another_clock_say_nothing() {
+        assert_eq!(taken(false), (0, 0), "of the trial before");
+        assert_eq!(taken(true), (1, 0), "of a clock that is behind");
+    }
 }

@@ -7,6 +7,8 @@ use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 
+use crate::measure::{WireEnd, WireFacts};
+
 /// The machine and its software.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -39,6 +41,9 @@ pub struct Host {
     pub commit: String,
     /// Whether it has changes that are in no commit.
     pub dirty: bool,
+    /// The wire to another machine, where there was one. Modes of drivers are told by each trial's bed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wire: Option<WireFacts>,
 }
 
 impl Host {
@@ -106,6 +111,7 @@ impl Host {
                 .join(" "),
             commit,
             dirty,
+            wire: None,
         }
     }
 
@@ -124,7 +130,11 @@ impl Host {
         let gibibytes = self.memory_bytes as f64 / f64::from(1_u32 << 30);
         let tree = if self.dirty { " with changes" } else { "" };
         let row = |name: &str, value: String| [name.to_owned(), value];
-        vec![
+        let wire = self.wire.iter().flat_map(|wire| {
+            let peer = format!("{}, agent at {}", end(&wire.far), wire.agent);
+            [row("wire", end(&wire.near)), row("peer", peer)]
+        });
+        let mut rows = vec![
             row(
                 "processor",
                 format!(
@@ -145,8 +155,22 @@ impl Host {
             row("clock source", self.clock_source.clone()),
             row("load average", self.load.clone()),
             row("commit", format!("{}{tree}", self.commit)),
-        ]
+        ];
+        rows.extend(wire);
+        rows
     }
+}
+
+fn end(end: &WireEnd) -> String {
+    let speed = match end.speed_mbps {
+        Some(speed) => format!("{speed} Mb/s"),
+        None => "unknown speed".to_owned(),
+    };
+    let driver = or_none(&end.driver);
+    format!(
+        "{}, driver {driver}, {speed}, kernel {}",
+        end.nic, end.kernel
+    )
 }
 
 fn or_none(text: &str) -> String {

@@ -14,7 +14,7 @@ use super::scenario::{Point, Scenario};
 use super::soak::SoakResult;
 use super::stats::Ratio;
 use super::summary::Summary;
-use crate::measure::Trial;
+use crate::measure::{Trial, WireFacts};
 
 /// The layout of result files. A change that an older program would misread makes it the next number.
 pub const SCHEMA: u64 = 1;
@@ -123,6 +123,13 @@ impl ResultFile {
             scenario,
             outcome,
         }
+    }
+
+    /// The same over a wire to another machine, if there is one.
+    #[must_use]
+    pub fn over(mut self, wire: Option<WireFacts>) -> Self {
+        self.host.wire = wire;
+        self
     }
 
     /// Writes it.

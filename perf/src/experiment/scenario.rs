@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::stats::ROUNDS_MAX;
-use crate::measure::{BedPlan, Offer, Path as Way, Rate, Size, Variant, Work};
+use crate::measure::{BedPlan, Offer, Path as Way, Rate, Size, Topology, Variant, Work};
 
 macro_rules! built_in {
     ($name:literal) => {
@@ -329,6 +329,45 @@ impl Scenario {
                 self.plan_of(name, &stage)
                     .with_context(|| format!("\"variants.{name}.plan\""))?;
             }
+        }
+        Ok(())
+    }
+
+    /// Says what of it cannot be measured across a wire to another machine.
+    ///
+    /// # Errors
+    /// There is something; the error names what can be run instead.
+    pub fn check_crossing(&self) -> Result<()> {
+        for stage in self.stages() {
+            for name in self.variants.keys() {
+                if self.plan_of(name, &stage)?.topology == Topology::Gateway
+                    && self.offers.work == Work::Packets
+                {
+                    continue;
+                }
+                let all = Self::built_in()?;
+                let others = all.iter().filter(|other| {
+                    other.plan.topology == Topology::Gateway && other.offers.work == Work::Packets
+                });
+                let others: Vec<&str> = others.map(|other| other.name.as_str()).collect();
+                bail!(
+                    "{} needs a pod at both ends, and across a wire go packets of the engines through a gateway: \
+                     take one of {}, or a file of your own with \"topology\": \"gateway\" and \"work\": \"packets\"",
+                    self.name,
+                    others.join(", ")
+                );
+            }
+        }
+        let is_testpmd = |path| matches!(path, Way::TestpmdAfxdp | Way::TestpmdNull);
+        let (testpmd, others): (Vec<_>, Vec<_>) =
+            (self.variants.iter()).partition(|(_, variant)| is_testpmd(variant.path));
+        if let Some((name, _)) = testpmd.first() {
+            let others = others.iter().map(|(name, _)| format!("--only {name}"));
+            bail!(
+                "the variant {name} of {} is testpmd's, which does not go across a wire: leave it out ({})",
+                self.name,
+                others.collect::<Vec<_>>().join(" ")
+            );
         }
         Ok(())
     }

@@ -16,6 +16,7 @@
 //! next lab to come up does it. A lab without owner ([`Lab::persist`]) stays until someone opens
 //! it by name and takes it down.
 
+mod borrowed;
 mod node;
 mod plan;
 mod process;
@@ -39,6 +40,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use borrowed::Borrowed;
 pub use node::{Lease, Leases, Node, NodeKind, Pod};
 pub use plan::{Backend, BondMode, Families, Underlay};
 pub use ripstop::{DETOUR_TABLE, Workers};
@@ -229,6 +231,9 @@ struct Description {
     queues: u16,
     nodes: Vec<NodeKind>,
     pods: u8,
+    /// What is the first node's `eth0`, where that is no veth of the lab's own.
+    #[serde(default)]
+    borrowed: Option<Borrowed>,
 }
 
 impl Description {
@@ -278,6 +283,7 @@ pub struct LabBuilder {
     plan: Plan,
     queues: u16,
     dataplane: Value,
+    borrowed: Option<Borrowed>,
 }
 
 impl LabBuilder {
@@ -363,6 +369,13 @@ impl LabBuilder {
         self
     }
 
+    /// A NIC of this machine as the first node's `eth0`. The fabric has no port for that node then: what it sends goes out on
+    /// the wire. The lab must be brought up in the namespace that the NIC was looked at in.
+    pub fn nic(mut self, nic: Borrowed) -> Self {
+        self.borrowed = Some(nic);
+        self
+    }
+
     /// A name of one's own; without, the lab invents one that is free.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
@@ -426,6 +439,10 @@ impl LabBuilder {
             "segments from 0 to {}",
             address::SECOND_UPLINK - 1
         );
+        ensure!(
+            self.borrowed.is_none() || (self.plan.underlay == Underlay::Nic && ways == [1, 1]),
+            "a NIC of this machine is one uplink, without a tag"
+        );
         sweep();
         let mut dataplane = match env::var(DATAPLANE_VARIABLE) {
             Ok(text) => serde_json::from_str(&text).context(DATAPLANE_VARIABLE)?,
@@ -463,6 +480,7 @@ impl LabBuilder {
             queues: self.queues,
             nodes: self.nodes.clone(),
             pods: self.pods,
+            borrowed: self.borrowed.clone(),
         };
         for _attempt in 0..1000 {
             description.name = match &self.name {
@@ -525,7 +543,10 @@ fn sweep() {
             .as_ref()
             .is_some_and(|owner| !owner.is_alive())
         {
-            drop(Lab::of(description));
+            let lab = Lab::of(description);
+            // They would go on in a namespace without a name, on CPUs that others measure on.
+            lab.nodes.iter().for_each(Node::adopt_processes);
+            drop(lab);
         }
     }
 }
@@ -551,6 +572,7 @@ impl Lab {
             plan: Plan::flat(),
             queues: 1,
             dataplane: Value::Object(serde_json::Map::new()),
+            borrowed: None,
         }
     }
 
@@ -707,6 +729,17 @@ impl Lab {
 
     fn plan(&self) -> &Plan {
         &self.description.plan
+    }
+
+    /// The NIC of this machine that is the node's `eth0`, if it is one.
+    fn borrowed(&self, node: &Node) -> Option<&Borrowed> {
+        let borrowed = self.description.borrowed.as_ref();
+        borrowed.filter(|_nic| node.index() == 1)
+    }
+
+    /// Where a borrowed NIC is at home.
+    fn home(&self) -> Netns {
+        Netns::named(format!("rs-{}-home", self.name()))
     }
 
     /// The underlay switch.
@@ -994,8 +1027,13 @@ impl Lab {
             node.kill_controlplane();
             node.stop_userland_tunnel();
         }
-        let hosts = self.hosts();
-        let namespaces: Vec<&Netns> = hosts.iter().map(|host| host.netns()).collect();
+        let (hosts, home) = (self.hosts(), self.home());
+        let mut namespaces: Vec<&Netns> = hosts.iter().map(|host| host.netns()).collect();
+        if let (Some(borrowed), Some(node)) = (&self.description.borrowed, self.nodes.first()) {
+            // Its namespace may destroy it.
+            borrowed.give_back(&home, node.netns())?;
+            namespaces.push(&home);
+        }
         netns::delete(&namespaces)?;
         gone(fs::remove_dir_all(self.dir()))
             .with_context(|| format!("remove {}", self.dir().display()))?;

@@ -36,6 +36,10 @@ const OFFLOADS: [&str; 12] = [
     "tx-gso-list",
 ];
 
+/// How long links of the lab's own may take to come up, and a NIC, which has to agree with its other end on a speed.
+const LINKS: Duration = Duration::from_secs(10);
+const CARRIER: Duration = Duration::from_secs(30);
+
 impl Lab {
     pub(super) fn set_up(&self, dataplane: &Value) -> Result<()> {
         self.write_files(dataplane)?;
@@ -60,9 +64,17 @@ impl Lab {
                 self.program_as_flannel(node)?;
             }
         }
-        wait_until("every link is up", Duration::from_secs(10), || {
-            self.links_are_up()
-        })
+        let (what, within) = match &self.description.borrowed {
+            None => ("every link is up".to_owned(), LINKS),
+            Some(borrowed) => (
+                format!(
+                    "{} has a carrier: is the cable in, and the NIC at its other end up?",
+                    borrowed.nic()
+                ),
+                CARRIER,
+            ),
+        };
+        wait_until(&what, within, || self.links_are_up())
     }
 
     fn write_files(&self, dataplane: &Value) -> Result<()> {
@@ -142,6 +154,9 @@ impl Lab {
         lines += &plug("attacker", 0);
         for node in &self.nodes {
             let index = node.index();
+            if self.borrowed(node).is_some() {
+                continue;
+            }
             for (uplink, nic) in (0..).zip(plan.nics()) {
                 let (_, mac) = node.uplink(uplink);
                 let name = Fabric::uplink_port(index, uplink);
@@ -210,7 +225,11 @@ impl Lab {
     fn set_up_node(&self, node: &Node) -> Result<()> {
         let (plan, index, pod_mtu) = (self.plan(), node.index(), self.pod_mtu());
         let namespace = node.netns();
-        make_a_wire(namespace, plan.nics())?;
+        match self.borrowed(node) {
+            // It is on a wire, and keeps what it can do for the kernel's path.
+            Some(borrowed) => borrowed.lend(&self.home(), namespace, plan.mtu)?,
+            None => make_a_wire(namespace, plan.nics())?,
+        }
         set_forwarding(namespace, plan)?;
         let mut lines = "link set lo up\n".to_owned();
         if let Some(mode) = plan.underlay.bond() {
