@@ -132,6 +132,8 @@ pub enum Transmit {
     AfXdp,
     /// Large bursts by XDP live frames, which veth takes for less.
     Inject,
+    /// Super-packets of the host door whole, for the kernel or the NIC to cut.
+    TunnelGso,
 }
 
 impl HostDoor {
@@ -1123,6 +1125,11 @@ impl WorkerConfig {
         [self.transmit, self.door_transmit].contains(&Transmit::Inject)
     }
 
+    /// Whether its host door hands super-packets over, if the kernel has any.
+    pub fn hands_super_packets_over(&self) -> bool {
+        self.host_door == HostDoor::Tun && self.host_offload != Some(Offloads::Off)
+    }
+
     fn check(file: &Path, raw: RawWorker) -> Result<Self, ConfigErrors> {
         let mut errors = Vec::new();
         let name_fits = (1..=15).contains(&raw.nic.len())
@@ -1175,10 +1182,13 @@ impl WorkerConfig {
                 (Transmit::Inject, HostDoor::Tun) if key == "hostDoor.transmit" => {
                     "a TUN device has no socket: leave it out, or use the kind \"veth\""
                 }
+                (Transmit::TunnelGso, _) if key == "hostDoor.transmit" => {
+                    "no tunnel leads into the host: it is for the NIC, as \"transmit\" beside \"hostDoor\""
+                }
                 (Transmit::Inject, _) if raw.huge_pages => {
                     "the packet memory is a BPF map then, which cannot lie on huge pages: set hugePages to false"
                 }
-                (Transmit::Inject, _) => continue,
+                (Transmit::Inject | Transmit::TunnelGso, _) => continue,
             };
             errors.push(ConfigError::Inject {
                 file: file.to_owned(),
