@@ -1,7 +1,7 @@
 //! Super-packets that leave whole, in this kernel: what it makes of them is what workers make that cut, byte for byte.
 //!
 //! ```text
-//!   super-packets ─► TUN a ─► kernel ─► rip0 ─► worker that cuts ─────────► AF_XDP socket ─► near ══ peer ─► frames
+//!   super-packets ─► pods ──► kernel ─► rip0 ─► worker that cuts ─────────► AF_XDP socket ─► near ══ peer ─► frames
 //!               the same ─────────────────────► worker that does not ─► TAP ─► kernel cuts ─► …   =   the same frames
 //! ```
 //!
@@ -22,7 +22,6 @@ use af_xdp::{Interface, Mode, Socket, SocketOptions, Umem, UmemOptions};
 use ripstop_dataplane::memory::Random;
 use ripstop_dataplane::nic_queue::NicQueue;
 use ripstop_dataplane::offload::Offload;
-use ripstop_dataplane::port::Port as _;
 use ripstop_dataplane::tun::{self, Offloads, TunQueue};
 use ripstop_dataplane::tunnel_gso::{self, TunnelGso, TunnelGsoError};
 use ripstop_dataplane::worker::{Parts, Worker};
@@ -37,7 +36,7 @@ mod supers;
 
 use common::{ip, own_namespace, run};
 use sockets::packet_socket;
-use supers::{Flow, TO4, data, offloaded, packet};
+use supers::{FLOW, Flow, TO4, data, offloaded, packet};
 
 const FRAMES: u32 = 1024;
 const SLOT_WORDS: usize = 1 << 17;
@@ -71,13 +70,10 @@ const COUNTERS: [Counter; 6] = [
     Counter::HostRxCutPackets,
 ];
 
-/// A pair of veth devices like a wire, of which the near one is NIC 2.
+/// A pair of veth devices like a wire, of which the near one is the NIC.
 fn wire() -> Interface {
     own_namespace();
-    let near = packets::NIC;
-    ip(&format!(
-        "link add near index {near} type veth peer name peer"
-    ));
+    ip("link add near type veth peer name peer");
     for device in ["near", "peer"] {
         run(
             "ethtool",
@@ -94,13 +90,15 @@ fn pods() -> File {
     let file = options.read(true).write(true).open("/dev/net/tun").unwrap();
     // SAFETY: `ifreq` is plain integers and bytes, for which zero is valid.
     let mut request: libc::ifreq = unsafe { core::mem::zeroed() };
-    request.ifr_name[0] = libc::c_char::from_ne_bytes(*b"a");
+    for (place, byte) in request.ifr_name.iter_mut().zip(*b"pods") {
+        *place = libc::c_char::from_ne_bytes([byte]);
+    }
     let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = c_short::try_from(flags).unwrap();
     // SAFETY: TUNSETIFF reads and writes the `ifreq` that it is given, which is valid and whole.
     let status = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
     assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
-    ip("link set a up");
+    ip("link set dev pods up");
     file
 }
 
@@ -118,9 +116,9 @@ fn in_own_namespace(handed: &[Handed], cuts: bool) -> Outcome {
     }
     let mut pods = pods();
     let mut door = tun::open(1, Offloads::Auto).unwrap();
-    ip("route add 10.244.1.0/24 dev a");
+    ip("route add 10.244.1.0/24 dev pods");
     ip("route add 10.244.2.0/24 dev rip0");
-    ip("route add fd10:244:0:1::/64 dev a");
+    ip("route add fd10:244:0:1::/64 dev pods");
     ip("route add fd10:244:0:2::/64 dev rip0");
     let sink = packet_socket("peer", ETH_P_ALL);
 
@@ -128,7 +126,7 @@ fn in_own_namespace(handed: &[Handed], cuts: bool) -> Outcome {
     let stats = words(&vec![0; STATS_WORDS]);
     Region::format(&fib, 3, SLOT_WORDS);
     Stats::format(&stats, 1, 1);
-    publish(&fib, &stats);
+    publish(&fib, &stats, &near);
     let mut worker = worker(&fib, &stats, &near, door.remove(0), cuts);
     let before = tap_packets();
     let mut frames = Vec::new();
@@ -151,9 +149,9 @@ fn in_own_namespace(handed: &[Handed], cuts: bool) -> Outcome {
     }
 }
 
-fn publish(fib: &[Word], stats: &[Word]) {
+fn publish(fib: &[Word], stats: &[Word], nic: &Interface) {
     let (region, stats) = (Region::attach(fib).unwrap(), Stats::attach(stats).unwrap());
-    let image = packets::image_of(1);
+    let image = packets::image_with(1, |node| node.nics[0].ifindex = nic.index(), None);
     let published = Publisher::adopt(region).publish(&image, || stats.pins());
     published.unwrap();
     let current = region.current().load(Ordering::Acquire);
@@ -305,44 +303,41 @@ fn the_kernel_makes_the_same_frames() {
 /// Behind each other without a turn between: packets do not overtake super-packets, nor these those.
 #[test]
 fn the_order_of_a_flow_is_kept() {
-    let flow = supers::FLOW;
     let small = |number: u16| {
-        let packet = packet(&flow, &data(20 + usize::from(number), 1));
+        let packet = packet(&FLOW, &data(20 + usize::from(number), 1));
         let offload = Offload::default();
         Handed { offload, packet }
     };
     let large = || {
-        let mut packet = packet(&flow, &data(4000, 1));
-        let offload = offloaded(&flow, 1000, &mut packet);
+        let mut packet = packet(&FLOW, &data(4000, 1));
+        let offload = offloaded(&FLOW, 1000, &mut packet);
         Handed { offload, packet }
     };
-    let thread = std::thread::spawn(move || {
-        let near = wire();
-        fs::write("/proc/sys/net/ipv4/conf/all/forwarding", "1").unwrap();
-        let mut pods = pods();
-        let mut door = tun::open(1, Offloads::Auto).unwrap();
-        ip("route add 10.244.1.0/24 dev a");
-        ip("route add 10.244.2.0/24 dev rip0");
-        let sink = packet_socket("peer", ETH_P_ALL);
-        let fib = words(&vec![0; publish::region_words(3, SLOT_WORDS)]);
-        let stats = words(&vec![0; STATS_WORDS]);
-        Region::format(&fib, 3, SLOT_WORDS);
-        Stats::format(&stats, 1, 1);
-        publish(&fib, &stats);
-        let mut worker = worker(&fib, &stats, &near, door.remove(0), false);
-        for handed in [small(1), small(2), large(), small(3), large(), small(4)] {
-            let bytes = [&handed.offload.bytes()[..], &handed.packet].concat();
-            pods.write_all(&bytes).unwrap();
-        }
-        while worker.turn() > 0 {}
-        let lengths = arrived(&sink).into_iter().map(|frame| frame.len());
-        lengths.collect::<Vec<_>>()
-    });
+    let near = wire();
+    fs::write("/proc/sys/net/ipv4/conf/all/forwarding", "1").unwrap();
+    let mut pods = pods();
+    let mut door = tun::open(1, Offloads::Auto).unwrap();
+    ip("route add 10.244.1.0/24 dev pods");
+    ip("route add 10.244.2.0/24 dev rip0");
+    let sink = packet_socket("peer", ETH_P_ALL);
+    let fib = words(&vec![0; publish::region_words(3, SLOT_WORDS)]);
+    let stats = words(&vec![0; STATS_WORDS]);
+    Region::format(&fib, 3, SLOT_WORDS);
+    Stats::format(&stats, 1, 1);
+    publish(&fib, &stats, &near);
+    let mut worker = worker(&fib, &stats, &near, door.remove(0), false);
+    for handed in [small(1), small(2), large(), small(3), large(), small(4)] {
+        let bytes = [&handed.offload.bytes()[..], &handed.packet].concat();
+        pods.write_all(&bytes).unwrap();
+    }
+    while worker.turn() > 0 {}
+    let arrived = arrived(&sink).into_iter().map(|frame| frame.len());
     let headers = 64 + 52;
-    let expected = [
+    let data = [
         21, 22, 1000, 1000, 1000, 1000, 23, 1000, 1000, 1000, 1000, 24,
     ];
-    assert_eq!(thread.join().unwrap(), expected.map(|len| headers + len));
+    let expected = data.map(|len| headers + len);
+    assert_eq!(arrived.collect::<Vec<_>>(), expected);
 }
 
 /// Where the receiver would see unfinished checksums, and when that changes.
