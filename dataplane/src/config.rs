@@ -136,6 +136,17 @@ pub enum Transmit {
     TunnelGso,
 }
 
+impl Transmit {
+    /// The name in files.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::AfXdp => "af-xdp",
+            Self::Inject => "inject",
+            Self::TunnelGso => "tunnel-gso",
+        }
+    }
+}
+
 impl HostDoor {
     /// The name in files.
     const fn name(self) -> &'static str {
@@ -550,13 +561,15 @@ pub enum ConfigError {
         /// Whether larger frames would take more.
         short_frames: bool,
     },
-    /// Live frames are not possible.
-    #[error("{}: {key}: \"inject\" does not work here: {problem}", .file.display())]
-    Inject {
+    /// A way to transmit is not possible.
+    #[error("{}: {key}: \"{kind}\" does not work here: {problem}", .file.display())]
+    Transmit {
         /// File.
         file: PathBuf,
         /// Key.
         key: &'static str,
+        /// Its value.
+        kind: &'static str,
         /// Why, and what to do.
         problem: &'static str,
     },
@@ -1190,9 +1203,10 @@ impl WorkerConfig {
                 }
                 (Transmit::Inject | Transmit::TunnelGso, _) => continue,
             };
-            errors.push(ConfigError::Inject {
+            errors.push(ConfigError::Transmit {
                 file: file.to_owned(),
                 key,
+                kind: transmit.name(),
                 problem,
             });
         }
@@ -1698,9 +1712,10 @@ fn check_nic(worker: &WorkerConfig, host: &HostFacts, errors: &mut Vec<ConfigErr
         });
     }
     if worker.transmit == Transmit::Inject && nic.driver != "veth" {
-        errors.push(ConfigError::Inject {
+        errors.push(ConfigError::Transmit {
             file: file.clone(),
             key: "transmit",
+            kind: worker.transmit.name(),
             problem: "it is for veth devices, and the NIC is none: a NIC's own transmit ring is cheaper, leave it out",
         });
     }
