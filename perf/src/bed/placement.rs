@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `source=0`, `sink=0` | the CPU of the engine's thread, or of the process at that end |
 //! | `workers=1+2` | in a gateway one worker, on a queue of its own, on each of these; between pods the first node's worker, the second's |
-//! | `queues=2` | between pods each NIC has so many queues, with a worker each, on neighbouring CPUs |
+//! | `queues=2` | between pods each NIC has so many queues, where Ripstop runs with a worker each, on neighbouring CPUs |
 //! | `rps` | packets on their way into the node under test are handed to another CPU (receive packet steering) |
 //! | `threaded` | a kernel thread on another CPU takes them in (threaded NAPI) |
 //! | `kernel=1` | that other CPU |

@@ -36,7 +36,7 @@ pub(super) fn open(setup: Setup) -> Result<Box<dyn Bed>> {
             .queues(setup.placement.queues),
         Path::Ripstop => setup.builder().ripstop(2).queues(setup.placement.queues),
         Path::Kernel | Path::Routing | Path::Wire | Path::TestpmdAfxdp | Path::TestpmdNull => {
-            setup.builder().linux(2)
+            setup.builder().linux(2).queues(setup.placement.queues)
         }
     };
     let lab = setup.up(builder)?;
