@@ -7,5 +7,5 @@ use core::error::Error;
 mod compile;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    compile::programs(&["ripstop", "door", "inject"])
+    compile::programs(&["ripstop", "door", "inject", "tunnel_gso"])
 }

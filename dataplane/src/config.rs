@@ -144,6 +144,19 @@ pub enum Transmit {
     AfXdp,
     /// Large bursts by XDP live frames, which veth takes for less.
     Inject,
+    /// Super-packets of the host door whole, for the kernel or the NIC to cut.
+    TunnelGso,
+}
+
+impl Transmit {
+    /// The name in files.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::AfXdp => "af-xdp",
+            Self::Inject => "inject",
+            Self::TunnelGso => "tunnel-gso",
+        }
+    }
 }
 
 impl HostDoor {
@@ -554,13 +567,15 @@ pub enum ConfigError {
         /// Whether larger frames would take more.
         short_frames: bool,
     },
-    /// Live frames are not possible.
-    #[error("{}: {key}: \"inject\" does not work here: {problem}", .file.display())]
-    Inject {
+    /// A way to transmit is not possible.
+    #[error("{}: {key}: \"{kind}\" does not work here: {problem}", .file.display())]
+    Transmit {
         /// File.
         file: PathBuf,
         /// Key.
         key: &'static str,
+        /// Its value.
+        kind: &'static str,
         /// Why, and what to do.
         problem: &'static str,
     },
@@ -1137,6 +1152,11 @@ impl WorkerConfig {
         [self.transmit, self.door_transmit].contains(&Transmit::Inject)
     }
 
+    /// Whether its host door hands super-packets over, if the kernel has any.
+    pub fn hands_super_packets_over(&self) -> bool {
+        self.host_door == HostDoor::Tun && self.host_offload != Some(Offloads::Off)
+    }
+
     fn check(file: &Path, raw: RawWorker) -> Result<Self, ConfigErrors> {
         let mut errors = Vec::new();
         let name_fits = (1..=15).contains(&raw.nic.len())
@@ -1218,14 +1238,18 @@ impl WorkerConfig {
                 (Transmit::Inject, HostDoor::Tun) if key == "hostDoor.transmit" => {
                     "a TUN device has no socket: leave it out, or use the kind \"veth\""
                 }
+                (Transmit::TunnelGso, _) if key == "hostDoor.transmit" => {
+                    "no tunnel leads into the host: it is for the NIC, as \"transmit\" beside \"hostDoor\""
+                }
                 (Transmit::Inject, _) if raw.huge_pages => {
                     "the packet memory is a BPF map then, which cannot lie on huge pages: set hugePages to false"
                 }
-                (Transmit::Inject, _) => continue,
+                (Transmit::Inject | Transmit::TunnelGso, _) => continue,
             };
-            errors.push(ConfigError::Inject {
+            errors.push(ConfigError::Transmit {
                 file: file.to_owned(),
                 key,
+                kind: transmit.name(),
                 problem,
             });
         }
@@ -1730,9 +1754,10 @@ fn check_nic(worker: &WorkerConfig, host: &HostFacts, errors: &mut Vec<ConfigErr
         });
     }
     if worker.transmit == Transmit::Inject && nic.driver != "veth" {
-        errors.push(ConfigError::Inject {
+        errors.push(ConfigError::Transmit {
             file: file.clone(),
             key: "transmit",
+            kind: worker.transmit.name(),
             problem: "it is for veth devices, and the NIC is none: a NIC's own transmit ring is cheaper, leave it out",
         });
     }

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 pub const HOST_DOOR: &str = "rip0";
 
 /// The host door, in the network namespace of the calling thread.
-pub const RIP0: Device = Device(HOST_DOOR);
+pub const RIP0: Device<'static> = Device(HOST_DOOR);
 
 /// Packets that the kernel queues for a worker that is late. The kernel's own default of 500 is 25 ms of 20,000
 /// packets a second, less than a busy machine's scheduler takes now and then.
@@ -27,9 +27,9 @@ const IPV6_MTU_MIN: u16 = 1280;
 
 /// A device in the network namespace of the calling thread, by its name.
 #[derive(Debug, Clone, Copy)]
-pub struct Device(pub(crate) &'static str);
+pub struct Device<'n>(pub(crate) &'n str);
 
-impl Device {
+impl Device<'_> {
     /// The file of a setting of the device.
     fn sysctl(self, family: &str, setting: &str) -> PathBuf {
         std::env::var_os(SYSCTL_VARIABLE)

@@ -37,6 +37,7 @@ use crate::nic_settings::{NicSettings, Setting};
 use crate::pace::{self, Pace, Waker};
 use crate::port::Port;
 use crate::tun::{self, TunError, TunQueue};
+use crate::tunnel_gso::{self, TunnelGso};
 use crate::veth::{self, QueueError, VethDoor, VethError, VethQueue};
 use crate::watcher::{self, Accepted, TableWatcher};
 use crate::worker::{Parts, Worker};
@@ -450,6 +451,8 @@ enum Frames {
     Into(String, u32),
     /// Into the far end of the host door.
     IntoDoor,
+    /// Super-packets, for the kernel to cut, into the NIC of this name and driver.
+    Whole(String, String),
 }
 
 impl Frames {
@@ -458,6 +461,9 @@ impl Frames {
         let (device, taken) = match self {
             Self::Into(name, index) => (name.as_str(), inject::takes_frames(*index)),
             Self::IntoDoor => (HOST_DOOR, veth::takes_frames()),
+            Self::Whole(name, driver) => {
+                return watch_super_packets(name, driver, switch);
+            }
         };
         match (switch.set_taken(taken), taken) {
             (true, false) => tracing::warn!(
@@ -470,6 +476,22 @@ impl Frames {
         if let Some(error) = switch.take_error() {
             tracing::warn!(device, %error, "the kernel refuses to run the program for live frames; the AF_XDP socket sends from here on");
         }
+    }
+}
+
+/// Has super-packets sent whole only as long as they arrive well, and says what has changed.
+fn watch_super_packets(nic: &str, driver: &str, switch: &Switch) {
+    let arrives = tunnel_gso::arrives_whole(nic, driver);
+    match (switch.set_taken(arrives), arrives) {
+        (true, false) => tracing::warn!(
+            nic,
+            "checksum offload was switched on, which on veth leaves checksums to the receiver; super-packets are cut, and sent by the AF_XDP socket"
+        ),
+        (false, true) => tracing::info!(nic, "super-packets are sent whole again"),
+        (true, true) | (false, false) => {}
+    }
+    if let Some(error) = switch.take_error() {
+        tracing::warn!(nic, %error, "the kernel refuses super-packets; they are cut, and sent by the AF_XDP socket from here on");
     }
 }
 
@@ -509,6 +531,7 @@ fn start(
     } = Socket::open(&mut umem, &interface, config.queue, &options).map_err(socket_error)?;
     let injector = |wanted| injector(wanted, frames.as_ref(), config);
     let nic_injector = injector(config.transmit).filter(|it| inject::aims(it, &interface));
+    let tunnel_gso = way_for_super_packets(config, &interface, &nic.nic.driver);
     let mut identity = WorkerIdentity {
         numa_node: lies_on.and_then(|node| u16::try_from(node).ok()),
         ..identity(config, nic.mode, &handle)
@@ -520,13 +543,19 @@ fn start(
         options.tx_entries as usize,
         2 * burst,
     )
-    .with_injector(nic_injector);
+    .with_injector(nic_injector)
+    .with_tunnel_gso(tunnel_gso);
     nic_queue.refill(&mut umem);
     let mut watched = Vec::new();
     if let Some(injector) = nic_queue.injector() {
         identity.transmit[0] = Transmit::Inject;
         let frames = Frames::Into(config.nic.clone(), nic.nic.index);
         watched.push((frames, injector.switch()));
+    }
+    if let Some(tunnel_gso) = nic_queue.tunnel_gso() {
+        identity.transmit[0] = Transmit::TunnelGso;
+        let supers = Frames::Whole(config.nic.clone(), nic.nic.driver.clone());
+        watched.push((supers, tunnel_gso.switch()));
     }
     let door =
         match door {
@@ -683,6 +712,32 @@ fn injector(
         tracing::warn!("{error}; packets are sent by the AF_XDP socket");
     })
     .ok()
+}
+
+/// A way for super-packets into the NIC, if that is wanted and can be had.
+fn way_for_super_packets(
+    config: &WorkerConfig,
+    nic: &Interface,
+    driver: &str,
+) -> Option<TunnelGso> {
+    if config.transmit != config::Transmit::TunnelGso {
+        return None;
+    }
+    if !config.hands_super_packets_over() {
+        tracing::warn!(
+            nic = config.nic,
+            "transmit \"tunnel-gso\" means nothing where the host door hands no super-packets over: hostDoor.kind \"tun\" does, unless hostDoor.offload is \"off\""
+        );
+        return None;
+    }
+    TunnelGso::new(nic, driver)
+        .inspect_err(|error| {
+            tracing::warn!(
+                nic = config.nic,
+                "{error}; super-packets are cut, and sent by the AF_XDP socket"
+            );
+        })
+        .ok()
 }
 
 fn umem_options(config: &WorkerConfig, node: Option<u32>) -> UmemOptions {

@@ -136,22 +136,33 @@ pub(crate) fn aims(injector: &Injector, device: &Interface) -> bool {
     outcome.is_ok()
 }
 
-/// What a worker's injector and whoever watches the device tell each other.
+/// What a worker's injector, or its way for super-packets, and whoever watches the device tell each other.
 #[derive(Debug, Default)]
 pub struct Switch {
-    /// Whether the device's peer takes frames.
+    /// Whether what is sent this way arrives.
     taken: AtomicBool,
-    /// The error for which the injector has given up, until it is asked for; 0 if there is none.
+    /// The error for which the worker has given up, until it is asked for; 0 if there is none.
     gave_up: AtomicI32,
 }
 
 impl Switch {
-    /// Says whether the peer takes frames, and returns what was so before.
+    /// Whether what is sent this way arrives.
+    #[inline]
+    pub(crate) fn taken(&self) -> bool {
+        self.taken.load(Ordering::Relaxed)
+    }
+
+    /// Says why nothing more is sent this way.
+    pub(crate) fn give_up(&self, error: i32) {
+        self.gave_up.store(error, Ordering::Relaxed);
+    }
+
+    /// Says whether what is sent this way arrives, and returns what was so before.
     pub fn set_taken(&self, taken: bool) -> bool {
         self.taken.swap(taken, Ordering::Relaxed)
     }
 
-    /// Why the injector has given up, once.
+    /// Why the worker has given up, once.
     pub fn take_error(&self) -> Option<io::Error> {
         let error = self.gave_up.swap(0, Ordering::Relaxed);
         (error != 0).then(|| io::Error::from_raw_os_error(error))
@@ -266,7 +277,7 @@ impl Injector {
     /// Transmits from the front of the burst, if that is worth a call. What it leaves is the socket's.
     #[inline]
     pub fn transmit(&mut self, umem: &mut Umem, burst: &mut Burst) -> Transmitted {
-        let may = self.failures < FAILURES && self.switch.taken.load(Ordering::Relaxed);
+        let may = self.failures < FAILURES && self.switch.taken();
         if burst.len() < BURST_MIN || !may {
             return Transmitted::default();
         }
@@ -330,7 +341,7 @@ impl Injector {
     fn fail(&mut self, error: i32) {
         self.failures += 1;
         if self.failures == FAILURES {
-            self.switch.gave_up.store(error, Ordering::Relaxed);
+            self.switch.give_up(error);
         }
     }
 

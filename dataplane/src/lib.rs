@@ -26,6 +26,7 @@ pub mod pace;
 pub mod port;
 pub mod table;
 pub mod tun;
+pub mod tunnel_gso;
 pub mod verdict;
 pub mod veth;
 pub mod watcher;

@@ -3,7 +3,8 @@
 use af_xdp::{Frame, Receiver, Transmitter, Umem};
 
 use crate::inject::Injector;
-use crate::port::{Burst, Port, Transmitted};
+use crate::port::{Burst, Port, Transmitted, Whole, WholeSent};
+use crate::tunnel_gso::TunnelGso;
 use crate::verdict::DropReason;
 
 /// Both halves of the socket, and how many frames of the UMEM it may lend to the kernel for receiving.
@@ -16,6 +17,10 @@ pub struct NicQueue {
     tx_entries: usize,
     /// Takes large bursts ahead of the socket, if there is one.
     injector: Option<Injector>,
+    /// Takes super-packets, if there is one.
+    tunnel_gso: Option<TunnelGso>,
+    /// System calls ahead of super-packets.
+    kicks: u64,
 }
 
 /// Frames moved between a ring and the pool at a time.
@@ -35,12 +40,24 @@ impl NicQueue {
             reserve,
             tx_entries,
             injector: None,
+            tunnel_gso: None,
+            kicks: 0,
         }
     }
 
     /// The same with live frames for large bursts. The injector is for the same UMEM, and aimed at the same device.
     pub fn with_injector(self, injector: Option<Injector>) -> Self {
         Self { injector, ..self }
+    }
+
+    /// The same with a way for super-packets. It leads to the same device.
+    pub fn with_tunnel_gso(self, tunnel_gso: Option<TunnelGso>) -> Self {
+        Self { tunnel_gso, ..self }
+    }
+
+    /// Its way for super-packets, if it has one.
+    pub fn tunnel_gso(&self) -> Option<&TunnelGso> {
+        self.tunnel_gso.as_ref()
     }
 
     /// Its injector, if it has one.
@@ -94,6 +111,27 @@ impl Port for NicQueue {
     }
 
     #[inline]
+    fn takes_whole(&self) -> bool {
+        self.tunnel_gso.as_ref().is_some_and(TunnelGso::may)
+    }
+
+    #[inline]
+    fn transmit_whole(&mut self, outer: &mut [u8], whole: &Whole<'_>) -> WholeSent {
+        let Some(tunnel_gso) = &mut self.tunnel_gso else {
+            return WholeSent::Refused;
+        };
+        // Not past packets that wait in the ring.
+        if self.transmitter.in_tx() > 0 {
+            self.kicks += 1;
+            let _ = self.transmitter.kick();
+            if self.transmitter.in_tx() > 0 {
+                return WholeSent::Later;
+            }
+        }
+        tunnel_gso.transmit(outer, whole)
+    }
+
+    #[inline]
     fn pending(&self) -> usize {
         self.transmitter.in_tx()
     }
@@ -101,6 +139,7 @@ impl Port for NicQueue {
     #[inline]
     fn flush(&mut self) -> u64 {
         let mut calls = self.injector.as_mut().map_or(0, Injector::take_calls);
+        calls += core::mem::take(&mut self.kicks);
         if self.transmitter.in_tx() > 0 && self.transmitter.needs_wakeup() {
             calls += 1;
             // Fails only when the NIC is down or gone; the watcher sees that too, and says so once.

@@ -13,6 +13,10 @@ use crate::worker::HOUSEKEEPING_TURNS;
 
 /// Turns without a packet before an adaptive worker sleeps: some ten microseconds, about what waking up costs.
 const IDLE_TURNS: u32 = 16;
+/// Packets in hand that make a turn count for one more. On a virtual NIC the kernel does all of the way to the receiver
+/// within the worker's system calls, some microseconds per packet: 256 turns of full bursts would take so long on a CPU
+/// that is shared that the worker's heartbeat looks like that of a stuck one.
+const TURN_PACKETS: u8 = 16;
 /// Longest sleep in milliseconds. A heartbeat older than a second means that the worker is stuck.
 const SLEEP_MS: i32 = 100;
 /// Least time between two housekeepings that are done on the way to sleep.
@@ -89,7 +93,7 @@ impl Pace {
     /// What is due after a turn that had `work` packets in hand.
     #[inline]
     pub fn after_turn(&mut self, work: usize) -> Due {
-        self.turns += 1;
+        self.turns += 1 + u32::from(u8::try_from(work).unwrap_or(u8::MAX) / TURN_PACKETS);
         let now = cycles();
         // Another CPU's counter may be behind.
         let took = now.saturating_sub(self.last_cycles);
@@ -233,4 +237,24 @@ fn drain(fd: &OwnedFd) {
     let mut count = [0u8; 8];
     // SAFETY: reads at most eight bytes into an array of eight; the descriptor does not block.
     unsafe { libc::read(fd.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn full_turns_are_fewer_between_two_housekeepings() {
+        for (work, turns) in [(0, 256), (15, 256), (16, 128), (110, 37), (usize::MAX, 16)] {
+            let mut pace = Pace::new(Polling::Busy, Vec::new());
+            for _ in 1..turns {
+                assert_eq!(pace.after_turn(work), Due::Turn, "{work} packets");
+            }
+            let due = pace.after_turn(work);
+            assert!(
+                matches!(due, Due::Housekeeping(_)),
+                "{work} packets: {due:?}"
+            );
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use af_xdp::{Frame, Umem};
 
+use crate::offload::segment::Cut;
 use crate::verdict::DropReason;
 
 /// A burst of frames. Its capacity is made once, so that pushing never allocates.
@@ -29,6 +30,26 @@ pub struct SuperPackets {
     pub joined: u64,
 }
 
+/// A super-packet as the host has handed it over.
+#[derive(Debug, Clone, Copy)]
+pub struct Whole<'p> {
+    /// Its bytes.
+    pub packet: &'p [u8],
+    /// How it is to be cut.
+    pub cut: &'p Cut,
+}
+
+/// What a port did with a [`Whole`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WholeSent {
+    /// All of its packets are transmitted.
+    Taken,
+    /// There is no room for it at this moment.
+    Later,
+    /// It has to be cut.
+    Refused,
+}
+
 /// One side of a worker. Frames are tokens: what a port takes is gone from the caller, what it returns is the caller's.
 pub trait Port {
     /// Why a packet that this port would not take is dropped.
@@ -52,6 +73,33 @@ pub trait Port {
 
     /// Transmits from the front of the burst; what it leaves in the burst was refused.
     fn transmit(&mut self, umem: &mut Umem, burst: &mut Burst) -> Transmitted;
+
+    /// Says whether [`Port::receive`] should leave super-packets whole, and stop at each of them.
+    fn keep_whole(&mut self, _keep: bool) {}
+
+    /// Writes the first packet of the super-packet that waits whole to a frame, if there is one.
+    fn first_of_whole(&self, _umem: &Umem, _frame: &mut Frame) -> bool {
+        false
+    }
+
+    /// The super-packet that waits whole.
+    fn whole(&self) -> Option<Whole<'_>> {
+        None
+    }
+
+    /// Ends the wait: the super-packet has been transmitted, or is to be received in packets.
+    fn end_whole(&mut self, _transmitted: bool) {}
+
+    /// Whether it takes super-packets whole.
+    fn takes_whole(&self) -> bool {
+        false
+    }
+
+    /// Transmits a super-packet behind all that was transmitted before. `outer` are the tunnel headers of its first
+    /// packet, which become those of the whole.
+    fn transmit_whole(&mut self, _outer: &mut [u8], _whole: &Whole<'_>) -> WholeSent {
+        WholeSent::Refused
+    }
 
     /// How many packets it has in hand: that wait to be transmitted, or to be received.
     fn pending(&self) -> usize;

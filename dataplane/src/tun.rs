@@ -22,7 +22,7 @@ use crate::door::{HOST_DOOR, RIP0, check, short};
 use crate::offload::coalesce::{self, Plan};
 use crate::offload::segment::{self, Cut, Task};
 use crate::offload::{OFFLOAD_LEN, Offload};
-use crate::port::{Burst, Port, SuperPackets, Transmitted};
+use crate::port::{Burst, Port, SuperPackets, Transmitted, Whole};
 use crate::verdict::{DropReason, HEADER_MAX};
 
 /// Longest super-packet.
@@ -84,6 +84,8 @@ struct Supers {
     /// The one that is being cut.
     buffer: Box<[u8]>,
     rest: Option<Rest>,
+    /// Whether super-packets are to wait whole.
+    keep: bool,
     plan: Plan,
     /// Headers of a packet that is about to become a super-packet's first.
     headers: [u8; coalesce::HEADERS_MAX],
@@ -99,6 +101,8 @@ struct Rest {
     len: usize,
     /// Number of the next packet.
     next: usize,
+    /// Whether it waits to be transmitted whole.
+    whole: bool,
 }
 
 impl Supers {
@@ -106,6 +110,7 @@ impl Supers {
         Self {
             buffer: vec![0; SUPER_MAX].into(),
             rest: None,
+            keep: false,
             plan: Plan::with_capacity(burst, udp),
             headers: [0; coalesce::HEADERS_MAX],
             refused: Vec::with_capacity(burst),
@@ -113,10 +118,14 @@ impl Supers {
         }
     }
 
-    /// Writes the next packet of the super-packet to a frame; false if none is left.
+    fn waits_whole(&self) -> bool {
+        self.rest.is_some_and(|rest| rest.whole)
+    }
+
+    /// Writes the next packet of the super-packet to a frame; false if none is left, or it waits whole.
     #[inline]
     fn cut_next(&mut self, umem: &Umem, frame: &mut Frame) -> bool {
-        let Some(rest) = &mut self.rest else {
+        let Some(rest) = self.rest.as_mut().filter(|rest| !rest.whole) else {
             return false;
         };
         let Ok(place) = umem.whole_mut(frame, HEADROOM) else {
@@ -198,6 +207,11 @@ impl TunQueue {
         })
     }
 
+    #[inline]
+    fn waits_whole(&self) -> bool {
+        self.supers.as_ref().is_some_and(Supers::waits_whole)
+    }
+
     /// Reads one packet into a frame, or the first of a super-packet; false when there is none.
     #[inline]
     fn read_frame(&mut self, umem: &Umem, frame: &mut Frame) -> bool {
@@ -215,7 +229,13 @@ impl TunQueue {
         match (task, &mut self.supers) {
             (Some(Task::Cut(cut)), Some(supers)) if cut.longest() <= room => {
                 supers.buffer[..in_frame].copy_from_slice(&place[..in_frame]);
-                supers.rest = Some(Rest { cut, len, next: 0 });
+                supers.rest = Some(Rest {
+                    cut,
+                    len,
+                    next: 0,
+                    // One that is as short as its packets is none for the kernel (`__virtio_net_hdr_to_skb`).
+                    whole: supers.keep && cut.count() > 1,
+                });
                 supers.counted.received += 1;
                 return supers.cut_next(umem, frame);
             }
@@ -359,7 +379,7 @@ impl Port for TunQueue {
 
     #[inline]
     fn receive(&mut self, umem: &mut Umem, burst: &mut Burst, most: usize) {
-        while burst.len() < most {
+        while burst.len() < most && !self.waits_whole() {
             let Some(mut frame) = umem.take() else { return };
             let rest = self.supers.as_mut();
             if rest.is_some_and(|supers| supers.cut_next(umem, &mut frame))
@@ -404,6 +424,47 @@ impl Port for TunQueue {
             umem.give(frame);
         }
         sent
+    }
+
+    fn keep_whole(&mut self, keep: bool) {
+        if let Some(supers) = &mut self.supers {
+            supers.keep = keep;
+            if let Some(rest) = supers.rest.as_mut().filter(|_| !keep) {
+                rest.whole = false;
+            }
+        }
+    }
+
+    #[inline]
+    fn first_of_whole(&self, umem: &Umem, frame: &mut Frame) -> bool {
+        let (Some(whole), Ok(place)) = (self.whole(), umem.whole_mut(frame, HEADROOM)) else {
+            return false;
+        };
+        let written = whole.cut.write(whole.packet, 0, place);
+        written.is_some_and(|len| frame.set_len(len).is_ok())
+    }
+
+    #[inline]
+    fn whole(&self) -> Option<Whole<'_>> {
+        let supers = self.supers.as_ref()?;
+        let rest = supers.rest.as_ref().filter(|rest| rest.whole)?;
+        Some(Whole {
+            packet: supers.buffer.get(..rest.len)?,
+            cut: &rest.cut,
+        })
+    }
+
+    fn end_whole(&mut self, transmitted: bool) {
+        let Some(supers) = &mut self.supers else {
+            return;
+        };
+        let Some(rest) = &mut supers.rest else { return };
+        if transmitted {
+            supers.counted.cut += rest.cut.count() as u64;
+            supers.rest = None;
+        } else {
+            rest.whole = false;
+        }
     }
 
     fn pending(&self) -> usize {

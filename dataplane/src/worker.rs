@@ -16,7 +16,7 @@ use ripstop_fib::{Reader, Word};
 use crate::forward;
 use crate::kind::Kind;
 use crate::pace::{Cycles, Due, Pace};
-use crate::port::{Burst, Port};
+use crate::port::{Burst, Port, WholeSent};
 use crate::table::Table;
 use crate::verdict::{DropReason, FromHost, FromNic};
 use crate::wire;
@@ -234,11 +234,18 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
     #[inline]
     fn host_to_nic(&mut self) -> usize {
         let most = self.burst.min(self.nic.room());
+        self.host.keep_whole(self.nic.takes_whole());
         self.host.receive(&mut self.umem, &mut self.received, most);
         let received = self.received.len();
-        if received == 0 {
-            return 0;
+        if received > 0 {
+            self.packets_to_nic(received);
         }
+        received + self.whole_to_nic()
+    }
+
+    /// Decides about the packets of a burst from the host, and sends them.
+    #[inline]
+    fn packets_to_nic(&mut self, received: usize) {
         let bytes = match self.first_kind(Kind::from_host) {
             Kind::Any => self.decide_from_host(Kind::Any),
             Kind::Vxlan4 => self.decide_from_host(Kind::Vxlan4),
@@ -256,7 +263,63 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
         for frame in self.forwarded.drain(..) {
             drop_packet(&mut self.umem, &mut self.counters, frame, N::REFUSED);
         }
-        received
+    }
+
+    /// Sends a super-packet of the host as it is, if one waits for that. Decided is about its first packet: the others
+    /// differ in nothing that counts, and are no longer. One that may not go is cut, so that each of its packets is
+    /// dropped and counted. Returns how many packets that were.
+    #[inline]
+    fn whole_to_nic(&mut self) -> usize {
+        if self.host.whole().is_none() {
+            return 0;
+        }
+        let Some(mut frame) = self.umem.take() else {
+            return 0;
+        };
+        let identification = self.identification.wrapping_add(1);
+        let table = self.table.as_ref();
+        let sent = if self.host.first_of_whole(&self.umem, &mut frame) {
+            let inner = frame.len();
+            let decided = from_host(Kind::Any, &self.umem, &mut frame, table, identification);
+            let push = frame.len() - inner;
+            match (decided, self.host.whole()) {
+                (Ok(()), Some(whole)) => {
+                    let outer = &mut self.umem.packet_mut(&mut frame)[..push];
+                    let packets = whole.cut.count();
+                    let bytes = whole.cut.bytes();
+                    Some((
+                        self.nic.transmit_whole(outer, &whole),
+                        packets,
+                        bytes,
+                        packets * push,
+                    ))
+                }
+                _ => None,
+            }
+        } else {
+            None
+        };
+        self.umem.give(frame);
+        match sent {
+            Some((WholeSent::Taken, packets, bytes, outer)) => {
+                let (count, bytes, outer) = (packets as u64, bytes as u64, outer as u64);
+                self.counters.add(Counter::HostRxPackets, count);
+                self.counters.add(Counter::HostRxBytes, bytes);
+                self.counters.add(Counter::NicTxPackets, count);
+                self.counters.add(Counter::NicTxBytes, bytes + outer);
+                // Each packet has an identification of its own, counted up by whoever cuts.
+                #[expect(clippy::cast_possible_truncation, reason = "counts modulo 2^16")]
+                let used = packets as u16;
+                self.identification = self.identification.wrapping_add(used);
+                self.host.end_whole(true);
+                packets
+            }
+            Some((WholeSent::Later, ..)) => 0,
+            Some((WholeSent::Refused, ..)) | None => {
+                self.host.end_whole(false);
+                0
+            }
+        }
     }
 
     /// What the packets of a burst that was received mostly are, to judge by the first.

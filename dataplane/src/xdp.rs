@@ -801,23 +801,27 @@ pub(crate) fn link_create(
     interface: u32,
     mode: AttachedMode,
 ) -> io::Result<OwnedFd> {
+    link_at(program, interface, sys::BPF_XDP, mode.flags())
+}
+
+/// As [`link_create`], at any of an interface's hooks.
+pub(crate) fn link_at(
+    program: BorrowedFd<'_>,
+    interface: u32,
+    hook: sys::bpf_attach_type,
+    flags: u32,
+) -> io::Result<OwnedFd> {
     let options = sys::bpf_link_create_opts {
         sz: size_of::<sys::bpf_link_create_opts>() as sys::size_t,
-        flags: mode.flags(),
+        flags,
         ..Default::default()
     };
     // Interface indices are positive and fit, because the kernel keeps them in an int.
     let interface = i32::try_from(interface).unwrap_or(i32::MAX);
     // SAFETY: the program's descriptor is open, `options` is whole, carries its own size and
     // outlives the call; the zeroed rest means "absent".
-    let link = unsafe {
-        sys::bpf_link_create(
-            program.as_raw_fd(),
-            interface,
-            sys::BPF_XDP,
-            &raw const options,
-        )
-    };
+    let link =
+        unsafe { sys::bpf_link_create(program.as_raw_fd(), interface, hook, &raw const options) };
     if link < 0 {
         return Err(io::Error::from_raw_os_error(-link));
     }

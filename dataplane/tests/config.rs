@@ -150,6 +150,10 @@ fn one_bad_value_is_one_clear_error() {
             &["unknown variant `tap`", "`tun`", "`veth`"],
         ),
         (
+            r#", "hostDoor": {"kind": "veth", "transmit": "tunnel-gso"}"#,
+            &["hostDoor.transmit: \"tunnel-gso\"", "the NIC"],
+        ),
+        (
             r#", "hostDoor": {"kind": "tun", "transmit": "inject"}"#,
             &["hostDoor.transmit: \"inject\"", "TUN", "\"veth\""],
         ),

@@ -6,8 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "also in the helpers of the tests")]
 
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::io::Read;
 
 use af_xdp::{Interface, Mode, Socket, SocketOptions, Umem, UmemOptions};
 use ripstop_dataplane::inject::{self, BURST_MIN, InjectError, Injector};
@@ -15,8 +14,10 @@ use ripstop_dataplane::nic_queue::NicQueue;
 use ripstop_dataplane::port::{Burst, Port, Transmitted};
 
 mod common;
+mod sockets;
 
 use common::{ip, own_namespace, run};
+use sockets::packet_socket;
 
 const FRAMES: u32 = 2048;
 /// An EtherType for experiments (IEEE 802), which no stack looks at.
@@ -45,42 +46,6 @@ fn pair(peer_takes_frames: bool) -> Interface {
         ip(&format!("link set {device} up"));
     }
     Interface::by_name("near").unwrap()
-}
-
-fn packet_socket(device: &str) -> File {
-    let protocol = ETHER_TYPE.to_be();
-    // SAFETY: takes numbers, and returns a new descriptor or -1.
-    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, protocol.into()) };
-    assert!(fd >= 0, "{}", io::Error::last_os_error());
-    // SAFETY: the descriptor is new and nobody else has it.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: all zeros is a valid address.
-    let mut address: libc::sockaddr_ll = unsafe { core::mem::zeroed() };
-    address.sll_family = u16::try_from(libc::AF_PACKET).unwrap();
-    address.sll_protocol = protocol;
-    address.sll_ifindex = i32::try_from(Interface::by_name(device).unwrap().index()).unwrap();
-    let len = libc::socklen_t::try_from(size_of::<libc::sockaddr_ll>()).unwrap();
-    // SAFETY: an initialized address of the given length.
-    let status = unsafe { libc::bind(fd, (&raw const address).cast(), len) };
-    assert_eq!(status, 0, "{}", io::Error::last_os_error());
-    let option = |level, name, value: libc::timeval| {
-        let len = libc::socklen_t::try_from(size_of::<libc::timeval>()).unwrap();
-        // SAFETY: an initialized value of the given length.
-        let status = unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), len) };
-        assert_eq!(status, 0, "{}", io::Error::last_os_error());
-    };
-    let patience = libc::timeval {
-        tv_sec: 20,
-        tv_usec: 0,
-    };
-    option(libc::SOL_SOCKET, libc::SO_RCVTIMEO, patience);
-    let room: libc::c_int = 16 << 20;
-    let len = libc::socklen_t::try_from(size_of::<libc::c_int>()).unwrap();
-    let (level, name) = (libc::SOL_SOCKET, libc::SO_RCVBUFFORCE);
-    // SAFETY: an initialized value of the given length.
-    let status = unsafe { libc::setsockopt(fd, level, name, (&raw const room).cast(), len) };
-    assert_eq!(status, 0, "{}", io::Error::last_os_error());
-    socket.into()
 }
 
 impl Rig {
@@ -112,7 +77,7 @@ impl Rig {
             port,
             umem,
             switch,
-            sink: packet_socket("peer"),
+            sink: packet_socket("peer", ETHER_TYPE),
             next: 0,
         }
     }

@@ -239,6 +239,8 @@ catalogue! {
         AfXdp = "af-xdp";
         /// Large bursts by XDP live frames, the rest by the socket.
         Inject = "inject";
+        /// Super-packets whole, through a TAP device, the rest by the socket.
+        TunnelGso = "tunnel-gso";
     }
 }
 

@@ -8,6 +8,7 @@
 pub mod coalesce;
 pub mod segment;
 mod sum;
+pub mod tunnel;
 
 use crate::wire;
 

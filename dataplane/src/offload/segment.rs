@@ -37,6 +37,8 @@ pub struct Cut {
     size: usize,
     udp: bool,
     v6: bool,
+    /// Whether the first says that the sender's window was reduced.
+    reduced: bool,
     /// Sum of the pseudo header without the length.
     pseudo: u32,
 }
@@ -98,6 +100,7 @@ pub fn task(head: &[u8], len: usize, offload: &Offload) -> Option<Task> {
             size,
             udp,
             v6,
+            reduced: offload.reduced,
             pseudo: u32::from(pseudo) + u32::from(!length),
         })
     })
@@ -123,6 +126,36 @@ impl Cut {
     /// Length of the longest of them.
     pub fn longest(&self) -> usize {
         self.data + self.size.min(self.end - self.data)
+    }
+
+    /// Bytes of all of them.
+    pub fn bytes(&self) -> usize {
+        self.count() * self.data + self.end - self.data
+    }
+
+    /// Length of the super-packet.
+    pub fn whole(&self) -> usize {
+        self.end
+    }
+
+    /// What the kernel is told of the super-packet, for it to do the cutting.
+    pub fn offload(&self) -> Offload {
+        Offload {
+            needs_checksum: true,
+            joined: Some(match (self.udp, self.v6) {
+                (true, _) => Joined::Udp,
+                (false, false) => Joined::Tcp4,
+                (false, true) => Joined::Tcp6,
+            }),
+            reduced: self.reduced,
+            headers: low16(self.data),
+            size: low16(self.size),
+            checksum_start: low16(self.transport),
+            checksum_offset: match self.udp {
+                true => low16(UDP_CHECKSUM),
+                false => low16(TCP_CHECKSUM),
+            },
+        }
     }
 
     /// Writes the packet with number `index` of the super-packet that [`task`] has seen; its length. Nothing when `out`

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `source=0`, `sink=0` | the CPU of the engine's thread, or of the process at that end |
 //! | `workers=1+2` | in a gateway one worker, on a queue of its own, on each of these; between pods the first node's worker, the second's |
+//! | `queues=2` | between pods each NIC has so many queues, where Ripstop runs with a worker each, on neighbouring CPUs |
 //! | `rps` | packets on their way into the node under test are handed to another CPU (receive packet steering) |
 //! | `threaded` | a kernel thread on another CPU takes them in (threaded NAPI) |
 //! | `kernel=1` | that other CPU |
@@ -44,6 +45,8 @@ pub(super) struct Placement {
     pub(super) source: Option<usize>,
     pub(super) sink: Option<usize>,
     pub(super) workers: Vec<usize>,
+    /// Queues of each NIC between pods.
+    pub(super) queues: u16,
     /// Whether only the first of two nodes runs Ripstop.
     pub(super) one_sided: bool,
     cpus: usize,
@@ -62,6 +65,7 @@ impl Placement {
             source: None,
             sink: None,
             workers: Vec::new(),
+            queues: 1,
             one_sided: false,
             cpus,
         };
@@ -89,11 +93,22 @@ impl Placement {
                 Some(("workers", text)) => {
                     placement.workers = text.split('+').map(cpu).collect::<Result<_>>()?;
                 }
+                Some(("queues", text)) => {
+                    placement.queues = text.parse().with_context(|| format!("queues {text:?}"))?;
+                    ensure!(
+                        (1..=64).contains(&placement.queues),
+                        "a NIC has 1 to 64 queues, not {text}"
+                    );
+                }
                 None | Some(_) => bail!(
-                    "{word:?} is none of rps, threaded, one-sided, source=CPU, sink=CPU, kernel=CPU, workers=CPU+CPU"
+                    "{word:?} is none of rps, threaded, one-sided, source=CPU, sink=CPU, kernel=CPU, workers=CPU+CPU, queues=NUMBER"
                 ),
             }
         }
+        ensure!(
+            placement.workers.is_empty() || placement.queues == 1,
+            "\"workers\" names the CPU of each node's one worker, \"queues\" asks for several: leave one out"
+        );
         if let Some(kind) = softirqs {
             placement.softirqs = kind(kernel);
         }
@@ -207,6 +222,7 @@ mod tests {
         assert_eq!((all.source_cpu(), all.sink_cpu()), (2, 1));
         assert_eq!(all.gateway_workers(), [0, 3]);
         assert_eq!(of("rps").softirqs, Softirqs::Rps(1));
+        assert_eq!((plain.queues, of("queues=2").queues), (1, 2));
         let two = Placement::of("", 2).expect("is read");
         assert_eq!((two.sink_cpu(), two.gateway_workers()), (0, vec![1]));
         let one = Placement::of("rps", 1).expect("is read");
@@ -223,6 +239,8 @@ mod tests {
             ("sink", "none of"),
             ("worker=1", "none of"),
             ("workers=1+x", "CPU \"x\""),
+            ("queues=0", "1 to 64"),
+            ("queues=2,workers=0+1", "leave one out"),
         ] {
             let error = Placement::of(words, 4).expect_err("is wrong");
             assert!(format!("{error:#}").contains(part), "{words}: {error:#}");

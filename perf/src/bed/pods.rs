@@ -29,10 +29,14 @@ pub(super) fn open(setup: Setup) -> Result<Box<dyn Bed>> {
         "workers that poll busily on both nodes leave no CPU for the pods: it takes three CPUs; or measure \"polling\": \"adaptive\", or place Ripstop \"one-sided\""
     );
     let builder = match setup.path {
-        Path::Ripstop if sides == 1 => setup.builder().ripstop(1).linux(1),
-        Path::Ripstop => setup.builder().ripstop(2),
+        Path::Ripstop if sides == 1 => setup
+            .builder()
+            .ripstop(1)
+            .linux(1)
+            .queues(setup.placement.queues),
+        Path::Ripstop => setup.builder().ripstop(2).queues(setup.placement.queues),
         Path::Kernel | Path::Routing | Path::Wire | Path::TestpmdAfxdp | Path::TestpmdNull => {
-            setup.builder().linux(2)
+            setup.builder().linux(2).queues(setup.placement.queues)
         }
     };
     let lab = setup.up(builder)?;
