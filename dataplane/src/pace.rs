@@ -246,7 +246,7 @@ mod tests {
     #[test]
     fn full_turns_are_fewer_between_two_housekeepings() {
         for (work, turns) in [(0, 256), (15, 256), (16, 128), (110, 37), (usize::MAX, 16)] {
-            let mut pace = Pace::new(Polling::Busy, Vec::new());
+            let mut pace = Pace::new(Polling::Busy, None, Vec::new());
             for _ in 1..turns {
                 assert_eq!(pace.after_turn(work), Due::Turn, "{work} packets");
             }

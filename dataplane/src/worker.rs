@@ -273,8 +273,9 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
         if self.host.whole().is_none() {
             return 0;
         }
+        // What has to wait is work in hand: the worker does not go to sleep over it.
         let Some(mut frame) = self.umem.take() else {
-            return 0;
+            return 1;
         };
         let identification = self.identification.wrapping_add(1);
         let table = self.table.as_ref();
@@ -314,7 +315,7 @@ impl<'r, N: Port, H: Port> Worker<'r, N, H> {
                 self.host.end_whole(true);
                 packets
             }
-            Some((WholeSent::Later, ..)) => 0,
+            Some((WholeSent::Later, ..)) => 1,
             Some((WholeSent::Refused, ..)) | None => {
                 self.host.end_whole(false);
                 0
