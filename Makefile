@@ -93,13 +93,14 @@ bench: setup
 PERF := target/perf
 # With these all of it takes less than ten minutes where nothing else runs.
 PERF_SECONDS ?= 0.5
+PERF_ROUNDS ?=
 PERF_SCENARIOS ?= small-udp-gateway small-udp-gateway-decap small-udp-encap small-udp-decap tcp-one tcp-eight round-trips
 # And for these the highest rate without loss is searched for, beside what arrives of a flood.
 PERF_NDR ?= small-udp-gateway small-udp-gateway-decap small-udp-encap small-udp-decap
 perf: root setup
 	$(CARGO) build --release --workspace --bins
 	@set -e; mkdir -p $(PERF); for scenario in $(PERF_SCENARIOS); do \
-	    $(BUILT)/release/ripstop-perf run $$scenario --seconds $(PERF_SECONDS) --out $(PERF)/$$scenario.json; \
+	    $(BUILT)/release/ripstop-perf run $$scenario --seconds $(PERF_SECONDS) $(PERF_ROUNDS:%=--rounds %) --out $(PERF)/$$scenario.json; \
 	done
 	@set -e; for scenario in $(PERF_NDR); do \
 	    $(BUILT)/release/ripstop-perf ndr $$scenario --only kernel --only inject --seconds 0.2 --resolution 3 \
