@@ -153,14 +153,14 @@ impl<'a> Machines<'a> {
         let link = &links[0];
         let flags = link["flags"].as_array().cloned().unwrap_or_default();
         let addresses = link["addr_info"].as_array().cloned().unwrap_or_default();
-        let has = |wanted: &&str| {
+        let has = |wanted: &str| {
             addresses.iter().any(|address| {
-                format!("{}/{}", text_of(&address["local"]), address["prefixlen"]) == **wanted
+                format!("{}/{}", text_of(&address["local"]), address["prefixlen"]) == *wanted
             })
         };
         link["mtu"] == 3000
             && flags.contains(&"UP".into())
-            && NIC_ADDRESSES.iter().all(|address| has(&address))
+            && NIC_ADDRESSES.iter().all(|address| has(address))
     }
 }
 
@@ -244,7 +244,14 @@ fn every_path_carries_all_packets_across_the_wire() -> Result<()> {
             for trial in &run.trials {
                 let measured = &trial.measured;
                 let what = format!("{direction}, {}: {measured:?}", trial.variant);
-                assert!(measured.sent > 100, "{what}");
+                // A window of which nothing is heard opens ten times a second.
+                let window = matches!(trial.point.rate, Rate::Window(_));
+                let least = if window && trial.variant != "ripstop" {
+                    1000
+                } else {
+                    100
+                };
+                assert!(measured.sent > least, "{what}");
                 assert_eq!(
                     (measured.received, measured.lost),
                     (measured.sent, 0),
