@@ -383,9 +383,12 @@ fn a_run_that_is_killed_costs_neither_the_nic_nor_the_agent() -> Result<()> {
 #[test]
 fn ctrl_c_gives_the_nic_back() -> Result<()> {
     between(|machines| {
-        let many = scenario(machines, ["encap", KERNEL, r#"{"pps": 1000}"#], (0.2, 1000))?;
+        let many = scenario(machines, ["encap", KERNEL, r#"{"pps": 1000}"#], (1.5, 1000))?;
         let mut run = Running(machines.start("run", &many, &[])?);
+        // Between two beds it may be there for a moment; in the first it is away for longer than a second one takes to look.
         wait_until("the NIC is away", PATIENCE, || !machines.nic_is_back())?;
+        let second = said(&machines.go("run", &many, &[])?);
+        assert!(second.contains("wait until that run ends"), "{second}");
         let pid = run.0.id().to_string();
         assert!(
             Command::new("kill")
