@@ -63,6 +63,12 @@ impl Borrowed {
             .context("start ip (package iproute2)")?;
         let links: Value = serde_json::from_slice(&output.stdout).context("output of ip -j")?;
         let has_default = has_default_route(nic)?;
+        let is_here = (links.as_array().into_iter().flatten()).any(|link| link["ifname"] == nic);
+        if !is_here && let Some(lab) = super::lab_with(nic) {
+            bail!(
+                "{nic} is in the lab {lab}: wait until that run ends, or end it (ripstop-perf lab down --name {lab})"
+            );
+        }
         Self::of(&links, nic, has_default, in_use)
     }
 

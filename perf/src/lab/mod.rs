@@ -551,6 +551,16 @@ fn sweep() {
     }
 }
 
+/// The lab that has a NIC of this name, if there is one.
+fn lab_with(nic: &str) -> Option<String> {
+    let mut labs = Lab::names().into_iter();
+    labs.find(|name| {
+        let description = Description::read(&Description::path(name));
+        let borrowed = description.ok().and_then(|lab| lab.borrowed);
+        borrowed.is_some_and(|borrowed| borrowed.nic() == nic)
+    })
+}
+
 /// A pod network in network namespaces. Dropping it ends its processes, deletes its namespaces
 /// and removes its files; with a panic under way it first prints what its processes logged.
 #[derive(Debug)]
