@@ -10,14 +10,14 @@
 
 #![expect(unsafe_code, reason = "TUN devices and packet sockets by hand")]
 #![expect(clippy::unwrap_used, reason = "also in the helpers of the tests")]
-#![expect(clippy::print_stderr, reason = "a test says its seed")]
 
 use core::ffi::c_short;
 use core::net::Ipv6Addr;
+use core::time::Duration;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use af_xdp::{Interface, Mode, Socket, SocketOptions, Umem, UmemOptions};
 use ripstop_dataplane::memory::Random;
