@@ -213,8 +213,9 @@ fn make_tap() -> Result<(File, String), TunnelGsoError> {
         .take_while(|byte| *byte != 0)
         .collect();
     let name = String::from_utf8_lossy(&name).into_owned();
+    let header = libc::c_int::try_from(TUNNEL_LEN).unwrap_or(libc::c_int::MAX);
     let settings = [
-        (libc::TUNSETVNETHDRSZ, TUNNEL_LEN as libc::c_int),
+        (libc::TUNSETVNETHDRSZ, header),
         (libc::TUNSETVNETLE, 1),
         (libc::TUNSETSNDBUF, UNDER_WAY),
     ];
