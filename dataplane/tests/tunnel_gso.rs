@@ -303,19 +303,23 @@ fn the_kernel_makes_the_same_frames() {
     }
 }
 
-/// Behind each other without a turn between: packets do not overtake super-packets, nor these those.
-#[test]
-fn the_order_of_a_flow_is_kept() {
-    let small = |number: u16| {
-        let packet = packet(&FLOW, &data(20 + usize::from(number), 1));
-        let offload = Offload::default();
-        Handed { offload, packet }
-    };
-    let large = || {
-        let mut packet = packet(&FLOW, &data(4000, 1));
-        let offload = offloaded(&FLOW, 1000, &mut packet);
-        Handed { offload, packet }
-    };
+/// A packet of a flow with so much data.
+fn small(len: usize) -> Handed {
+    let packet = packet(&FLOW, &data(len, 1));
+    let offload = Offload::default();
+    Handed { offload, packet }
+}
+
+/// Four packets of the same flow, of 1000 bytes each.
+fn large() -> Handed {
+    let mut packet = packet(&FLOW, &data(4000, 1));
+    let offload = offloaded(&FLOW, 1000, &mut packet);
+    Handed { offload, packet }
+}
+
+/// Lengths of the data in the packets of [`FLOW`] that arrive, when each of these is handed over and then the worker
+/// turns; before that, `change` is done to the machine.
+fn arrive(bursts: &[&[Handed]], change: impl FnOnce()) -> Vec<usize> {
     let near = wire();
     fs::write("/proc/sys/net/ipv4/conf/all/forwarding", "1").unwrap();
     let mut pods = pods();
@@ -329,18 +333,36 @@ fn the_order_of_a_flow_is_kept() {
     Stats::format(&stats, 1, 1);
     publish(&fib, &stats, &near);
     let mut worker = worker(&fib, &stats, &near, door.remove(0), false);
-    for handed in [small(1), small(2), large(), small(3), large(), small(4)] {
-        let bytes = [&handed.offload.bytes()[..], &handed.packet].concat();
-        pods.write_all(&bytes).unwrap();
+    change();
+    for burst in bursts {
+        for handed in *burst {
+            let bytes = [&handed.offload.bytes()[..], &handed.packet].concat();
+            pods.write_all(&bytes).unwrap();
+        }
+        while worker.turn() > 0 {}
     }
-    while worker.turn() > 0 {}
-    let arrived = arrived(&sink).into_iter().map(|frame| frame.len());
     let headers = 64 + 52;
-    let data = [
-        21, 22, 1000, 1000, 1000, 1000, 23, 1000, 1000, 1000, 1000, 24,
-    ];
-    let expected = data.map(|len| headers + len);
-    assert_eq!(arrived.collect::<Vec<_>>(), expected);
+    let arrived = arrived(&sink).into_iter();
+    arrived.map(|frame| frame.len() - headers).collect()
+}
+
+/// Behind each other without a turn between: packets do not overtake super-packets, nor these those.
+#[test]
+fn the_order_of_a_flow_is_kept() {
+    let burst = [small(1), small(2), large(), small(3), large(), small(4)];
+    let expected = [1, 2, 1000, 1000, 1000, 1000, 3, 1000, 1000, 1000, 1000, 4];
+    assert_eq!(arrive(&[&burst], || {}), expected);
+}
+
+/// Whoever takes the device down takes nothing away from pods: what it refuses is cut.
+#[test]
+fn what_the_device_refuses_is_cut() {
+    let burst = [large(), small(5)];
+    let bursts = [&burst[..]; 10];
+    let arrived = arrive(&bursts, || {
+        ip("link set rip0-gso0 down");
+    });
+    assert_eq!(arrived, [1000, 1000, 1000, 1000, 5].repeat(10));
 }
 
 /// Where the receiver would see unfinished checksums, and when that changes.
