@@ -15,13 +15,14 @@ mod common;
 
 use core::time::Duration;
 use std::fs;
+use std::process::Command;
 use std::thread;
 
 use anyhow::{Context, Result};
 use common::{ECHO_REPLY, check_conservation, check_no_damage, kernel_counters, quiet, xdp};
 use ripstop_fib::stats::{Counter, Polling, XdpCounter};
 use ripstop_perf::{
-    Fabric, Host, Injector, Inner, Ipv4, Lab, Node, UDP_PAYLOAD_MIN, UdpFlow, Workers,
+    Fabric, Host, Injector, Inner, Ipv4, Lab, Node, UDP_PAYLOAD_MIN, UdpFlow, Workers, machine,
     tcp_transfer, udp_payload_max,
 };
 use serde_json::json;
@@ -31,6 +32,8 @@ const QUEUES: u16 = 6;
 const FLOWS: u16 = 160;
 /// How long idle workers are watched.
 const IDLE: Duration = Duration::from_secs(2);
+/// How long a crowded machine has been so.
+const CROWDED: Duration = Duration::from_secs(3);
 /// The part of a core, in percent, that six idle workers and their watcher may take together.
 const IDLE_PERCENT_MAX: u64 = 20;
 
@@ -45,6 +48,7 @@ fn six_workers_on_one_core_sleep_when_idle_and_all_carry_traffic() -> Result<()>
         .ripstop(2)
         .queues(QUEUES)
         .dataplane_config(config);
+    let _machine = machine();
     lab.run(|lab| {
         lab.start_ripstop()?;
         let damage = kernel_counters(lab)?;
@@ -67,12 +71,53 @@ fn six_workers_on_one_core_sleep_when_idle_and_all_carry_traffic() -> Result<()>
             assert!(report.is_perfect(), "{report}");
         }
         for (from, to) in [(1, 2), (2, 1)] {
-            spread_over_queues(lab, from, to)?;
+            send_to_queues(lab, from, to)?;
         }
         for node in lab.nodes() {
             check_every_worker(lab, node)?;
         }
         check_no_damage(lab, &damage)
+    })
+}
+
+/// Whoever says that the workers move gets to say it where others of the workers' own priority fill every core.
+#[test]
+fn workers_are_not_taken_for_stuck_on_a_crowded_machine() -> Result<()> {
+    let _machine = machine();
+    Lab::builder().ripstop(2).run(|lab| {
+        lab.start_ripstop()?;
+        let cpus = thread::available_parallelism()?.get();
+        let mut crowd = Vec::new();
+        for cpu in (0..cpus).cycle().take(2 * cpus) {
+            // It ends by itself, if later.
+            let spin = "i=0; while [ $i -lt 30000000 ]; do i=$((i+1)); done";
+            let mut spinner = Command::new("taskset");
+            spinner.args([
+                "-c",
+                &cpu.to_string(),
+                "nice",
+                "-n",
+                "-15",
+                "sh",
+                "-c",
+                spin,
+            ]);
+            crowd.push(spinner.spawn()?);
+        }
+        // Three times as long as XDP believes what it was told.
+        thread::sleep(CROWDED);
+        let outcome = send_to_queues(lab, 1, 2);
+        for mut spinner in crowd {
+            spinner.kill()?;
+            spinner.wait()?;
+        }
+        outcome?;
+        let workers = quiet(lab, lab.node(2))?;
+        let counts = [XdpCounter::Redirected, XdpCounter::Stalled];
+        let [redirected, stalled] = counts.map(|counter| xdp(&workers, counter));
+        println!("{redirected} packets for the worker, {stalled} left to the kernel");
+        assert!(redirected >= 300 && stalled == 0, "{workers:#?}");
+        Ok(())
     })
 }
 
@@ -133,7 +178,7 @@ fn cpu_ticks(node: &Node) -> Result<u64> {
 /// The lab's fabric does so only with packets that did not come through a queue themselves. A veth keeps the number of
 /// the queue that a packet was sent through in a field in which a bridge then reads it, less one, as that of the queue
 /// it was received on: between six queues and six queues hardly anything ever arrives on the last.
-fn spread_over_queues(lab: &Lab, from: u8, to: u8) -> Result<()> {
+fn send_to_queues(lab: &Lab, from: u8, to: u8) -> Result<()> {
     let injector = Injector::open(lab.fabric(), &Fabric::port(to))?;
     let mut frame = lab.tunnel_frame(from, to);
     if let Inner::Udp { ip, .. } = &frame.inner {
