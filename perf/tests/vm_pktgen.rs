@@ -1,4 +1,4 @@
-//! The kernel's packet generator as the source of a flood: in a guest of the VM lab (`make test-vm`).
+//! The kernel's packet generator as the source of a flood, and as the harness's: in a guest of the VM lab (`make test-vm`).
 //!
 //! ```text
 //!   pktgen ─ flannel.1 of n2 (plain Linux) ─ fabric ─ XDP program of n1 ─ worker ─ rip0 ─ n1p0
@@ -18,10 +18,15 @@ mod vm;
 
 use std::fs;
 
+use core::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use common::{check_conservation, quiet, xdp};
 use ripstop_fib::stats::{Counter, KernelCounter, XdpCounter};
-use ripstop_perf::{Fabric, Host, Lab, Node, address};
+use ripstop_perf::measure::{
+    BedPlan, Direction, Offer, Path, PodSide, Rate, Size, SourceKind, Topology, Variant, Work,
+};
+use ripstop_perf::{Fabric, Host, Lab, Node, address, bed};
 
 /// Where the generator is controlled, of the namespace of the calling thread.
 const CONTROL: &str = "/proc/thread-self/net/pktgen";
@@ -127,4 +132,73 @@ fn listed(pod: &dyn Host) -> Result<u64> {
     count
         .and_then(|count| count.parse().ok())
         .with_context(|| format!("no count in {text}"))
+}
+
+/// What the harness is to send.
+fn offer(rate: Rate, size: Size) -> Offer {
+    Offer {
+        work: Work::Packets,
+        rate,
+        duration: Duration::from_millis(500),
+        size,
+        flows: 16,
+        destinations: 1,
+        count_only: true,
+    }
+}
+
+/// The harness drives it through every path that a guest has, counts what it sent, and leaves its control files empty.
+#[test]
+fn the_harness_measures_with_it() -> Result<()> {
+    vm::run(&["modprobe", "pktgen"])?;
+    for backend in ["vxlan", "ipip"] {
+        for path in [Path::Kernel, Path::Ripstop, Path::Routing] {
+            let plan = BedPlan {
+                topology: Topology::Gateway,
+                direction: Direction::Encap,
+                pod_side: PodSide::Pod,
+                backend: backend.to_owned(),
+                leases: 1,
+                source: SourceKind::Pktgen,
+                mtu: 1500,
+                underlay_offloads: false,
+            };
+            let variant = Variant {
+                path,
+                dataplane: serde_json::Map::new(),
+                placement: None,
+            };
+            let mut bed = bed::open(&plan, &variant)?;
+            for rate in [Rate::Pps(500), Rate::Max] {
+                let trial = bed.trial(&offer(rate, Size::Bytes(64)))?;
+                println!(
+                    "{backend} {path:?} {rate:?}: sent {}, received {}, lost {}, drops {:?}, limits {:?}; {}",
+                    trial.sent,
+                    trial.received,
+                    trial.lost,
+                    trial.drops,
+                    trial.limits,
+                    bed.description()
+                );
+                ensure!(trial.received > 0, "nothing has arrived");
+                assert_eq!(trial.sent, trial.received + trial.lost);
+                if rate == Rate::Pps(500) {
+                    assert_eq!(trial.lost, 0, "at so low a rate");
+                    assert!(trial.sent <= 260, "faster than it was asked for");
+                }
+                assert!(bed.description().contains("pktgen, kpktgend_0 on eth0"));
+            }
+            for (refused, why) in [
+                (offer(Rate::Window(64), Size::Bytes(64)), "knows no window"),
+                (offer(Rate::Max, Size::Imix), "cannot mix sizes"),
+            ] {
+                let Err(error) = bed.trial(&refused) else {
+                    panic!("{refused:?} was sent");
+                };
+                let said = format!("{error:#}");
+                assert!(said.contains(why), "{said}");
+            }
+        }
+    }
+    Ok(())
 }
