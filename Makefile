@@ -8,7 +8,7 @@ FUZZ_SECONDS ?= 60
 # What building (first line) and running the lab (second line) takes on Debian 12 and 13.
 PACKAGES := gcc libc6-dev clang make pkg-config libelf-dev zlib1g-dev protobuf-compiler \
             iproute2 ethtool nftables iptables iputils-ping openssl procps util-linux containernetworking-plugins etcd-server \
-            python3-pip systemd dpdk-dev
+            python3-pip systemd dpdk-dev git
 # What building alone takes.
 BUILD_PACKAGES := $(wordlist 1,8,$(PACKAGES))
 
