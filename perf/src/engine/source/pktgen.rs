@@ -4,6 +4,7 @@
 //! of sizes and no window. One control file rules all its threads of a namespace, so one source at a time.
 
 use core::fmt::Write as _;
+use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
 use std::fs;
 use std::path::Path;
@@ -21,6 +22,8 @@ use crate::netns::Netns;
 /// Where it is controlled, in the namespace of the calling thread.
 const CONTROL: &str = "/proc/thread-self/net/pktgen";
 const ETHERNET_BYTES: u16 = 14;
+/// How long a stop may take before it is asked for again.
+const STOP_AGAIN: Duration = Duration::from_millis(10);
 
 pub(super) struct Generator {
     netns: Netns,
@@ -184,12 +187,24 @@ impl Source for Generator {
         })??;
         let begin_ns = monotonic_ns();
         // "start" returns when the device has ended, which somebody has to do.
-        let netns = self.netns.clone();
-        let thread = thread::spawn(move || netns.run(|| write("pgctrl", "start"))?);
+        let ended = Arc::new(AtomicBool::new(false));
+        let thread = thread::spawn({
+            let (netns, ended) = (self.netns.clone(), Arc::clone(&ended));
+            move || {
+                let outcome = netns.run(|| write("pgctrl", "start"));
+                ended.store(true, Ordering::Relaxed);
+                outcome?
+            }
+        });
         let netns = self.netns.clone();
         let ender = thread::spawn(move || {
             thread::sleep(duration);
-            netns.run(|| write("pgctrl", "stop"))?
+            // Until it works: a stop before the start, on a machine in a hurry, is lost.
+            while !ended.load(Ordering::Relaxed) {
+                netns.run(|| write("pgctrl", "stop"))??;
+                thread::sleep(STOP_AGAIN);
+            }
+            Ok(())
         });
         self.sending = Some(Sending {
             thread,
