@@ -1185,36 +1185,13 @@ impl WorkerConfig {
                 bytes: raw.umem.frame_size,
             });
         }
-        let busy_poll = raw.busy_poll.and_then(|raw| {
-            check_busy_poll(
-                &raw,
-                &mut Ranges {
-                    file,
-                    part: "busyPoll",
-                    errors: &mut errors,
-                },
-            )
-        });
-        let napi_deferral = raw.napi_deferral.and_then(|raw| {
-            check_napi_deferral(
-                &raw,
-                &mut Ranges {
-                    file,
-                    part: "napiDeferral",
-                    errors: &mut errors,
-                },
-            )
-        });
-        let coalesce = raw.coalesce.and_then(|raw| {
-            check_coalesce(
-                &raw,
-                &mut Ranges {
-                    file,
-                    part: "coalesce",
-                    errors: &mut errors,
-                },
-            )
-        });
+        let mut ranges = Ranges {
+            file,
+            errors: &mut errors,
+        };
+        let busy_poll = raw.busy_poll.and_then(|raw| ranges.busy_poll(&raw));
+        let napi_deferral = raw.napi_deferral.and_then(|raw| ranges.napi_deferral(&raw));
+        let coalesce = raw.coalesce.and_then(|raw| ranges.coalesce(&raw));
         if coalesce.is_some() && raw.polling == Polling::Busy {
             errors.push(ConfigError::CoalesceBusy {
                 file: file.to_owned(),
@@ -1323,21 +1300,26 @@ fn check_rings(file: &Path, raw: &RawRings, errors: &mut Vec<ConfigError>) -> Op
     })
 }
 
-/// Checks numbers of an optional part of a file.
+/// Checks numbers of the optional parts of a file.
 struct Ranges<'a> {
     file: &'a Path,
-    part: &'static str,
     errors: &'a mut Vec<ConfigError>,
 }
 
 impl Ranges<'_> {
-    /// `value`, if it is from 1 to `max`.
-    fn check(&mut self, key: &'static str, value: u32, max: u32, typical: u32) -> Option<u32> {
+    /// `value` of a part's key, if it is from 1 to `max`.
+    fn check(
+        &mut self,
+        [part, key]: [&'static str; 2],
+        value: u32,
+        max: u32,
+        typical: u32,
+    ) -> Option<u32> {
         let good = Some(value).filter(|value| (1..=max).contains(value));
         if good.is_none() {
             self.errors.push(ConfigError::Range {
                 file: self.file.to_owned(),
-                part: self.part,
+                part,
                 key,
                 value,
                 max,
@@ -1346,41 +1328,41 @@ impl Ranges<'_> {
         }
         good
     }
-}
 
-fn check_busy_poll(raw: &RawBusyPoll, ranges: &mut Ranges<'_>) -> Option<BusyPoll> {
-    // A tenth of a second: beyond that it is a mistake in the unit.
-    let microseconds = ranges.check("microseconds", raw.microseconds, 100_000, 20);
-    let budget = ranges.check("budget", raw.budget, u16::MAX.into(), 64);
-    Some(BusyPoll {
-        microseconds: microseconds?,
-        budget: u16::try_from(budget?).ok()?,
-    })
-}
+    fn busy_poll(&mut self, raw: &RawBusyPoll) -> Option<BusyPoll> {
+        // A tenth of a second: beyond that it is a mistake in the unit.
+        let microseconds = self.check(["busyPoll", "microseconds"], raw.microseconds, 100_000, 20);
+        let budget = self.check(["busyPoll", "budget"], raw.budget, u16::MAX.into(), 64);
+        Some(BusyPoll {
+            microseconds: microseconds?,
+            budget: u16::try_from(budget?).ok()?,
+        })
+    }
 
-fn check_napi_deferral(raw: &RawNapiDeferral, ranges: &mut Ranges<'_>) -> Option<NapiDeferral> {
-    // A tenth of a second without an interrupt is a mistake in the unit.
-    let hard_irqs = ranges.check("hardIrqs", raw.hard_irqs, 1000, 2);
-    let timeout = ranges.check(
-        "timeoutMicroseconds",
-        raw.timeout_microseconds,
-        100_000,
-        200,
-    );
-    Some(NapiDeferral {
-        hard_irqs: hard_irqs?,
-        timeout_microseconds: timeout?,
-    })
-}
+    fn napi_deferral(&mut self, raw: &RawNapiDeferral) -> Option<NapiDeferral> {
+        // A tenth of a second without an interrupt is a mistake in the unit.
+        let hard_irqs = self.check(["napiDeferral", "hardIrqs"], raw.hard_irqs, 1000, 2);
+        let timeout = self.check(
+            ["napiDeferral", "timeoutMicroseconds"],
+            raw.timeout_microseconds,
+            100_000,
+            200,
+        );
+        Some(NapiDeferral {
+            hard_irqs: hard_irqs?,
+            timeout_microseconds: timeout?,
+        })
+    }
 
-fn check_coalesce(raw: &RawCoalesce, ranges: &mut Ranges<'_>) -> Option<Coalesce> {
-    // Rings hold some thousand packets: what comes in more than a few milliseconds does not fit.
-    let microseconds = ranges.check("microseconds", raw.microseconds, 5000, 50);
-    let packets = ranges.check("packets", raw.packets, 256, 32);
-    Some(Coalesce {
-        pause: Duration::from_micros(microseconds?.into()),
-        packets: packets?,
-    })
+    fn coalesce(&mut self, raw: &RawCoalesce) -> Option<Coalesce> {
+        // Rings hold some thousand packets: what comes in more than a few milliseconds does not fit.
+        let microseconds = self.check(["coalesce", "microseconds"], raw.microseconds, 5000, 50);
+        let packets = self.check(["coalesce", "packets"], raw.packets, 256, 32);
+        Some(Coalesce {
+            pause: Duration::from_micros(microseconds?.into()),
+            packets: packets?,
+        })
+    }
 }
 
 /// What the machine offers to this process.
