@@ -457,42 +457,34 @@ enum Frames {
 }
 
 impl Frames {
-    /// Has frames sent only as long as the peer takes them, and says what has changed.
+    /// Has frames sent this way only as long as they arrive, and says what has changed.
     fn watch(&self, switch: &Switch) {
-        let (device, taken) = match self {
-            Self::Into(name, index) => (name.as_str(), inject::takes_frames(*index)),
-            Self::IntoDoor => (HOST_DOOR, veth::takes_frames()),
+        const GONE: &str = "the other end takes no live frames any more (GRO was switched off there, or its XDP program is gone); the AF_XDP socket sends";
+        const BACK: &str = "the other end takes live frames again";
+        const REFUSED: &str = "the kernel refuses to run the program for live frames; the AF_XDP socket sends from here on";
+        let (device, arrives, [gone, back, refused]) = match self {
+            Self::Into(name, index) => {
+                let arrives = inject::takes_frames(*index);
+                (name.as_str(), arrives, [GONE, BACK, REFUSED])
+            }
+            Self::IntoDoor => (HOST_DOOR, veth::takes_frames(), [GONE, BACK, REFUSED]),
             Self::Whole(name, driver) => {
-                return watch_super_packets(name, driver, switch);
+                let says = [
+                    "checksum offload was switched on, which on veth leaves checksums to the receiver; super-packets are cut, and sent by the AF_XDP socket",
+                    "super-packets are sent whole again",
+                    "the kernel refuses super-packets; they are cut, and sent by the AF_XDP socket from here on",
+                ];
+                (name.as_str(), tunnel_gso::arrives_whole(name, driver), says)
             }
         };
-        match (switch.set_taken(taken), taken) {
-            (true, false) => tracing::warn!(
-                device,
-                "the other end takes no live frames any more (GRO was switched off there, or its XDP program is gone); the AF_XDP socket sends"
-            ),
-            (false, true) => tracing::info!(device, "the other end takes live frames again"),
+        match (switch.set_taken(arrives), arrives) {
+            (true, false) => tracing::warn!(device, "{gone}"),
+            (false, true) => tracing::info!(device, "{back}"),
             (true, true) | (false, false) => {}
         }
         if let Some(error) = switch.take_error() {
-            tracing::warn!(device, %error, "the kernel refuses to run the program for live frames; the AF_XDP socket sends from here on");
+            tracing::warn!(device, %error, "{refused}");
         }
-    }
-}
-
-/// Has super-packets sent whole only as long as they arrive well, and says what has changed.
-fn watch_super_packets(nic: &str, driver: &str, switch: &Switch) {
-    let arrives = tunnel_gso::arrives_whole(nic, driver);
-    match (switch.set_taken(arrives), arrives) {
-        (true, false) => tracing::warn!(
-            nic,
-            "checksum offload was switched on, which on veth leaves checksums to the receiver; super-packets are cut, and sent by the AF_XDP socket"
-        ),
-        (false, true) => tracing::info!(nic, "super-packets are sent whole again"),
-        (true, true) | (false, false) => {}
-    }
-    if let Some(error) = switch.take_error() {
-        tracing::warn!(nic, %error, "the kernel refuses super-packets; they are cut, and sent by the AF_XDP socket from here on");
     }
 }
 

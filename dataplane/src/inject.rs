@@ -44,7 +44,7 @@ const LENGTH_MAX: usize = 3392;
 pub const BURST_MIN: usize = 32;
 /// Calls that are interrupted in a row before the rest is left to the socket.
 const ATTEMPTS: usize = 4;
-/// Calls that fail in a row before no more are made.
+/// Calls or writes that fail in a row before no more are made.
 const FAILURES: u32 = 8;
 /// `BPF_F_TEST_XDP_LIVE_FRAMES`.
 const LIVE_FRAMES: u32 = 1 << 1;
@@ -146,17 +146,6 @@ pub struct Switch {
 }
 
 impl Switch {
-    /// Whether what is sent this way arrives.
-    #[inline]
-    pub(crate) fn taken(&self) -> bool {
-        self.taken.load(Ordering::Relaxed)
-    }
-
-    /// Says why nothing more is sent this way.
-    pub(crate) fn give_up(&self, error: i32) {
-        self.gave_up.store(error, Ordering::Relaxed);
-    }
-
     /// Says whether what is sent this way arrives, and returns what was so before.
     pub fn set_taken(&self, taken: bool) -> bool {
         self.taken.swap(taken, Ordering::Relaxed)
@@ -169,14 +158,48 @@ impl Switch {
     }
 }
 
+/// The worker's end of a [`Switch`], with what it remembers of refusals.
+#[derive(Debug, Default)]
+pub(crate) struct Way {
+    switch: Arc<Switch>,
+    failures: u32,
+}
+
+impl Way {
+    /// Whether it is worth trying: what is sent this way arrives, and the kernel has not refused it too often in a row.
+    #[inline]
+    pub(crate) fn is_open(&self) -> bool {
+        self.failures < FAILURES && self.switch.taken.load(Ordering::Relaxed)
+    }
+
+    /// The kernel has done it.
+    #[inline]
+    pub(crate) fn worked(&mut self) {
+        self.failures = 0;
+    }
+
+    /// The kernel has refused it with this error.
+    #[cold]
+    pub(crate) fn failed(&mut self, error: i32) {
+        self.failures += 1;
+        if self.failures == FAILURES {
+            self.switch.gave_up.store(error, Ordering::Relaxed);
+        }
+    }
+
+    /// For whoever watches the device.
+    pub(crate) fn switch(&self) -> &Arc<Switch> {
+        &self.switch
+    }
+}
+
 /// Transmits frames of one UMEM into one device.
 #[derive(Debug)]
 pub struct Injector {
     orders: Orders,
     target: MapHandle,
     length_max: usize,
-    switch: Arc<Switch>,
-    failures: u32,
+    way: Way,
     calls: u64,
     program: OwnedFd,
     _link: OwnedFd,
@@ -242,8 +265,7 @@ impl Injector {
             orders,
             target: map("target", "target")?,
             length_max: if large { LENGTH_MAX } else { 2048 - START },
-            switch: Arc::default(),
-            failures: 0,
+            way: Way::default(),
             calls: 0,
             program,
             _link: link,
@@ -265,20 +287,19 @@ impl Injector {
         self.target
             .update(&[0; 4], &index, MapFlags::ANY)
             .map_err(|source| xdp::refused("aim the injecting program at a device", source))?;
-        self.switch.set_taken(true);
+        self.way.switch().set_taken(true);
         Ok(())
     }
 
     /// For whoever watches the device.
     pub fn switch(&self) -> Arc<Switch> {
-        Arc::clone(&self.switch)
+        Arc::clone(self.way.switch())
     }
 
     /// Transmits from the front of the burst, if that is worth a call. What it leaves is the socket's.
     #[inline]
     pub fn transmit(&mut self, umem: &mut Umem, burst: &mut Burst) -> Transmitted {
-        let may = self.failures < FAILURES && self.switch.taken();
-        if burst.len() < BURST_MIN || !may {
+        if burst.len() < BURST_MIN || !self.way.is_open() {
             return Transmitted::default();
         }
         let mut count = 0;
@@ -323,26 +344,18 @@ impl Injector {
             done = self.orders.next().min(count);
             match answer {
                 _ if done == count => {
-                    self.failures = 0;
+                    self.way.worked();
                     break;
                 }
                 // A signal, or work that is pending for the thread (`bpf_test_timer_continue`).
                 0 | libc::EINTR | libc::EAGAIN => {}
                 error => {
-                    self.fail(error);
+                    self.way.failed(error);
                     break;
                 }
             }
         }
         done
-    }
-
-    #[cold]
-    fn fail(&mut self, error: i32) {
-        self.failures += 1;
-        if self.failures == FAILURES {
-            self.switch.give_up(error);
-        }
     }
 
     /// The system call; an error number or 0.

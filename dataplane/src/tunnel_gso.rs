@@ -28,7 +28,7 @@ use libbpf_rs::libbpf_sys as sys;
 use libbpf_rs::{MapCore, MapFlags, Object};
 
 use crate::door::{Device, check, short};
-use crate::inject::Switch;
+use crate::inject::{Switch, Way};
 use crate::offload::tunnel::{self, TUNNEL_LEN};
 use crate::port::{Whole, WholeSent};
 use crate::xdp::{self, Aligned, XdpError};
@@ -41,8 +41,6 @@ const TUNNEL_GSO: libc::c_uint = 0x80 | 0x100;
 const GET_TX_CHECKSUM: u32 = 0x16;
 /// Bytes that may be under way through the device, as the kernel counts them. What is beyond waits with the pods.
 const UNDER_WAY: libc::c_int = 4 << 20;
-/// Writes that fail in a row before no more are made.
-const FAILURES: u32 = 8;
 
 static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(
     env!("OUT_DIR"),
@@ -94,8 +92,7 @@ pub fn arrives_whole(nic: &str, driver: &str) -> bool {
 pub struct TunnelGso {
     tap: File,
     name: String,
-    switch: Arc<Switch>,
-    failures: u32,
+    way: Way,
     _link: OwnedFd,
     _object: Object,
 }
@@ -133,13 +130,12 @@ impl TunnelGso {
         device
             .set_up()
             .map_err(refused("bring up the TAP device for super-packets"))?;
-        let switch = Arc::<Switch>::default();
-        switch.set_taken(true);
+        let way = Way::default();
+        way.switch().set_taken(true);
         Ok(Self {
             tap,
             name,
-            switch,
-            failures: 0,
+            way,
             _link: link,
             _object: object,
         })
@@ -152,13 +148,13 @@ impl TunnelGso {
 
     /// For whoever watches the NIC.
     pub fn switch(&self) -> Arc<Switch> {
-        Arc::clone(&self.switch)
+        Arc::clone(self.way.switch())
     }
 
     /// Whether super-packets may be sent.
     #[inline]
     pub fn may(&self) -> bool {
-        self.failures < FAILURES && self.switch.taken()
+        self.way.is_open()
     }
 
     /// Sends a super-packet behind the tunnel headers of its first packet, which become those of the whole.
@@ -170,23 +166,14 @@ impl TunnelGso {
         let parts = [&head[..], outer, whole.packet].map(IoSlice::new);
         match (&self.tap).write_vectored(&parts) {
             Ok(_) => {
-                self.failures = 0;
+                self.way.worked();
                 WholeSent::Taken
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => WholeSent::Later,
             Err(error) => {
-                self.fail(&error);
+                self.way.failed(error.raw_os_error().unwrap_or(libc::EIO));
                 WholeSent::Refused
             }
-        }
-    }
-
-    #[cold]
-    fn fail(&mut self, error: &io::Error) {
-        self.failures += 1;
-        if self.failures == FAILURES {
-            self.switch
-                .give_up(error.raw_os_error().unwrap_or(libc::EIO));
         }
     }
 }
