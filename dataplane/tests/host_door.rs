@@ -22,7 +22,7 @@ mod common;
 mod networks;
 
 use common::{ip, own_namespace};
-use networks::{behind, forward};
+use networks::{behind, forward, send};
 
 /// `struct virtio_net_hdr` before each packet.
 const HEADER: usize = 10;
@@ -60,19 +60,6 @@ fn arrivals(queues: &[TunQueue], time: Duration) -> Vec<Vec<Vec<u8>>> {
 
 fn count(arrived: &[Vec<Vec<u8>>]) -> Vec<usize> {
     arrived.iter().map(Vec::len).collect()
-}
-
-/// Sends `flows` UDP packets of different flows to a pod behind the host door.
-fn send(to: &str, flows: u32) {
-    for _ in 0..flows {
-        let any = if to.contains('[') {
-            "[::]:0"
-        } else {
-            "0.0.0.0:0"
-        };
-        let socket = UdpSocket::bind(any).unwrap();
-        socket.send_to(b"hello", to).unwrap();
-    }
 }
 
 #[test]

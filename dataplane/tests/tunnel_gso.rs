@@ -105,6 +105,94 @@ fn pods() -> File {
     file
 }
 
+/// A node in a network namespace of its own: pods that packets come from, and what the worker and the wire need.
+struct Machine {
+    near: Interface,
+    pods: File,
+    sink: File,
+    fib: Vec<Word>,
+    stats: Vec<Word>,
+}
+
+impl Machine {
+    /// A machine, and its host door.
+    fn new() -> (Self, TunQueue) {
+        let near = wire();
+        for family in ["ipv4", "ipv6"] {
+            fs::write(format!("/proc/sys/net/{family}/conf/all/forwarding"), "1").unwrap();
+        }
+        let pods = pods();
+        let mut door = tun::open(1, Offloads::Auto).unwrap();
+        ip("route add 10.244.1.0/24 dev pods");
+        ip("route add 10.244.2.0/24 dev rip0");
+        ip("route add fd10:244:0:1::/64 dev pods");
+        ip("route add fd10:244:0:2::/64 dev rip0");
+        let sink = packet_socket("peer", ETH_P_ALL);
+        let fib = words(&vec![0; publish::region_words(3, SLOT_WORDS)]);
+        let stats = words(&vec![0; STATS_WORDS]);
+        Region::format(&fib, 3, SLOT_WORDS);
+        Stats::format(&stats, 1, 1);
+        let machine = Self {
+            near,
+            pods,
+            sink,
+            fib,
+            stats,
+        };
+        machine.publish();
+        (machine, door.remove(0))
+    }
+
+    fn regions(&self) -> (Region<'_>, Stats<'_>) {
+        let region = Region::attach(&self.fib).unwrap();
+        (region, Stats::attach(&self.stats).unwrap())
+    }
+
+    fn publish(&self) {
+        let (region, stats) = self.regions();
+        let image = packets::image_with(1, |node| node.nics[0].ifindex = self.near.index(), None);
+        let published = Publisher::adopt(region).publish(&image, || stats.pins());
+        published.unwrap();
+        let current = region.current().load(Ordering::Acquire);
+        stats.accepted().store(current, Ordering::Release);
+    }
+
+    /// A worker that cuts, or leaves that to the kernel.
+    fn worker(&self, door: TunQueue, cuts: bool) -> Worker<'_, NicQueue, TunQueue> {
+        let (region, stats) = self.regions();
+        let options = UmemOptions {
+            frames: FRAMES,
+            frame_size: 2048,
+            ..UmemOptions::default()
+        };
+        let mut umem = Umem::new(&options).unwrap();
+        let copy = SocketOptions {
+            mode: Mode::Copy,
+            ..SocketOptions::default()
+        };
+        let socket = Socket::open(&mut umem, &self.near, 0, &copy).unwrap();
+        let nic = NicQueue::new(socket.receiver, socket.transmitter, 2048, 512);
+        let whole = (!cuts).then(|| TunnelGso::new(&self.near, "veth").unwrap());
+        let parts = Parts {
+            umem,
+            nic: nic.with_tunnel_gso(whole),
+            reader: Reader::new(region, stats.worker_pin(0)),
+            accepted: stats.accepted(),
+            stats,
+            index: 0,
+            ifindex: self.near.index(),
+            burst: 64,
+        };
+        Worker::new(parts, door)
+    }
+
+    /// A pod's kernel hands something over.
+    fn hand_over(&self, handed: &Handed) {
+        let bytes = [&handed.offload.bytes()[..], &handed.packet].concat();
+        (&self.pods).write_all(&bytes).unwrap();
+    }
+}
+
 /// Sends all of it through a worker, which cuts or does not.
 fn through_worker(handed: &[Handed], cuts: bool) -> Outcome {
     let handed = handed.to_vec();
@@ -113,31 +201,14 @@ fn through_worker(handed: &[Handed], cuts: bool) -> Outcome {
 }
 
 fn in_own_namespace(handed: &[Handed], cuts: bool) -> Outcome {
-    let near = wire();
-    for family in ["ipv4", "ipv6"] {
-        fs::write(format!("/proc/sys/net/{family}/conf/all/forwarding"), "1").unwrap();
-    }
-    let mut pods = pods();
-    let mut door = tun::open(1, Offloads::Auto).unwrap();
-    ip("route add 10.244.1.0/24 dev pods");
-    ip("route add 10.244.2.0/24 dev rip0");
-    ip("route add fd10:244:0:1::/64 dev pods");
-    ip("route add fd10:244:0:2::/64 dev rip0");
-    let sink = packet_socket("peer", ETH_P_ALL);
-
-    let fib = words(&vec![0; publish::region_words(3, SLOT_WORDS)]);
-    let stats = words(&vec![0; STATS_WORDS]);
-    Region::format(&fib, 3, SLOT_WORDS);
-    Stats::format(&stats, 1, 1);
-    publish(&fib, &stats, &near);
-    let mut worker = worker(&fib, &stats, &near, door.remove(0), cuts);
+    let (machine, door) = Machine::new();
+    let mut worker = machine.worker(door, cuts);
     let before = tap_packets();
     let mut frames = Vec::new();
     for handed in handed {
-        let bytes = [&handed.offload.bytes()[..], &handed.packet].concat();
-        pods.write_all(&bytes).unwrap();
+        machine.hand_over(handed);
         while worker.turn() > 0 {}
-        frames.extend(arrived(&sink));
+        frames.extend(arrived(&machine.sink));
     }
     worker.housekeeping(1);
     let census = worker.ports().0.census();
@@ -150,49 +221,6 @@ fn in_own_namespace(handed: &[Handed], cuts: bool) -> Outcome {
         counters: COUNTERS.map(|counter| counters.get(counter)),
         too_big: counters.drops[DropReason::TooBig.index()],
     }
-}
-
-fn publish(fib: &[Word], stats: &[Word], nic: &Interface) {
-    let (region, stats) = (Region::attach(fib).unwrap(), Stats::attach(stats).unwrap());
-    let image = packets::image_with(1, |node| node.nics[0].ifindex = nic.index(), None);
-    let published = Publisher::adopt(region).publish(&image, || stats.pins());
-    published.unwrap();
-    let current = region.current().load(Ordering::Acquire);
-    stats.accepted().store(current, Ordering::Release);
-}
-
-fn worker<'r>(
-    fib: &'r [Word],
-    stats: &'r [Word],
-    near: &Interface,
-    door: TunQueue,
-    cuts: bool,
-) -> Worker<'r, NicQueue, TunQueue> {
-    let (region, stats) = (Region::attach(fib).unwrap(), Stats::attach(stats).unwrap());
-    let options = UmemOptions {
-        frames: FRAMES,
-        frame_size: 2048,
-        ..UmemOptions::default()
-    };
-    let mut umem = Umem::new(&options).unwrap();
-    let copy = SocketOptions {
-        mode: Mode::Copy,
-        ..SocketOptions::default()
-    };
-    let socket = Socket::open(&mut umem, near, 0, &copy).unwrap();
-    let nic = NicQueue::new(socket.receiver, socket.transmitter, 2048, 512);
-    let whole = (!cuts).then(|| TunnelGso::new(near, "veth").unwrap());
-    let parts = Parts {
-        umem,
-        nic: nic.with_tunnel_gso(whole),
-        reader: Reader::new(region, stats.worker_pin(0)),
-        accepted: stats.accepted(),
-        stats,
-        index: 0,
-        ifindex: near.index(),
-        burst: 64,
-    };
-    Worker::new(parts, door)
 }
 
 /// How many packets the kernel has had from TAP devices of workers.
@@ -320,29 +348,17 @@ fn large() -> Handed {
 /// Lengths of the data in the packets of [`FLOW`] that arrive, when each of these is handed over and then the worker
 /// turns; before that, `change` is done to the machine.
 fn arrive(bursts: &[&[Handed]], change: impl FnOnce()) -> Vec<usize> {
-    let near = wire();
-    fs::write("/proc/sys/net/ipv4/conf/all/forwarding", "1").unwrap();
-    let mut pods = pods();
-    let mut door = tun::open(1, Offloads::Auto).unwrap();
-    ip("route add 10.244.1.0/24 dev pods");
-    ip("route add 10.244.2.0/24 dev rip0");
-    let sink = packet_socket("peer", ETH_P_ALL);
-    let fib = words(&vec![0; publish::region_words(3, SLOT_WORDS)]);
-    let stats = words(&vec![0; STATS_WORDS]);
-    Region::format(&fib, 3, SLOT_WORDS);
-    Stats::format(&stats, 1, 1);
-    publish(&fib, &stats, &near);
-    let mut worker = worker(&fib, &stats, &near, door.remove(0), false);
+    let (machine, door) = Machine::new();
+    let mut worker = machine.worker(door, false);
     change();
     for burst in bursts {
         for handed in *burst {
-            let bytes = [&handed.offload.bytes()[..], &handed.packet].concat();
-            pods.write_all(&bytes).unwrap();
+            machine.hand_over(handed);
         }
         while worker.turn() > 0 {}
     }
     let headers = 64 + 52;
-    let arrived = arrived(&sink).into_iter();
+    let arrived = arrived(&machine.sink).into_iter();
     arrived.map(|frame| frame.len() - headers).collect()
 }
 

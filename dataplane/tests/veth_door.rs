@@ -23,7 +23,7 @@ mod common;
 mod networks;
 
 use common::ip;
-use networks::{behind, forward};
+use networks::{behind, forward, send};
 
 /// How long what must come may take.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -120,19 +120,6 @@ impl Rig {
 
     fn census(&self, queue: usize) -> Census {
         self.queues[queue].1.census()
-    }
-}
-
-/// Sends `flows` UDP packets of different flows to a pod behind the host door.
-fn send(to: &str, flows: usize) {
-    for _ in 0..flows {
-        let any = if to.contains('[') {
-            "[::]:0"
-        } else {
-            "0.0.0.0:0"
-        };
-        let socket = UdpSocket::bind(any).unwrap();
-        socket.send_to(b"hello", to).unwrap();
     }
 }
 

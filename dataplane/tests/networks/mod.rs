@@ -1,6 +1,7 @@
 //! Two networks behind a host door, in a network namespace of the test's own.
 
 use std::fs;
+use std::net::UdpSocket;
 
 use crate::common::{ip, own_namespace};
 
@@ -24,4 +25,17 @@ pub(crate) fn behind<T>(open: impl FnOnce() -> T) -> T {
 pub(crate) fn forward(family: &str, forwarding: &str) {
     let path = format!("/proc/sys/net/{family}/conf/all/forwarding");
     fs::write(path, forwarding).unwrap();
+}
+
+/// Sends `flows` UDP packets of different flows to a pod behind the host door.
+pub(crate) fn send(to: &str, flows: usize) {
+    for _ in 0..flows {
+        let any = if to.contains('[') {
+            "[::]:0"
+        } else {
+            "0.0.0.0:0"
+        };
+        let socket = UdpSocket::bind(any).unwrap();
+        socket.send_to(b"hello", to).unwrap();
+    }
 }
