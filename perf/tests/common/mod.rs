@@ -70,6 +70,28 @@ pub(crate) fn settled(lab: &Lab, node: &Node) -> Result<(Workers, u64)> {
     Ok((node.workers()?, 2 * PROBES))
 }
 
+/// The books of a node's workers agree with themselves and with those of the kernel's device, where a super-packet is
+/// one packet. Returns them.
+pub(crate) fn check_books(lab: &Lab, node: &Node) -> Result<Workers> {
+    let workers = quiet(lab, node)?;
+    check_conservation(node.name(), &workers)?;
+    let door = node.link_counters("rip0")?;
+    let total = |counter| workers.total(counter);
+    let counted = [
+        total(Counter::HostRxPackets) + total(Counter::HostRxSuperPackets)
+            - total(Counter::HostRxCutPackets),
+        total(Counter::HostTxPackets) + total(Counter::HostTxSuperPackets)
+            - total(Counter::HostTxJoinedPackets),
+    ];
+    let kernels = [door.tx_packets, door.rx_packets];
+    ensure!(
+        counted == kernels,
+        "{}: the workers count {counted:?} at the host door, the kernel {kernels:?} at rip0",
+        node.name()
+    );
+    Ok(workers)
+}
+
 /// A frame of no known protocol, with the underlay's tag.
 fn probe(lab: &Lab, node: &Node) -> Vec<u8> {
     let addresses = [
