@@ -159,6 +159,8 @@ fn processes(proc: &Path) -> BTreeMap<(u32, u64), Process> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+
     use super::*;
 
     fn write(proc: &Path, pid: u32, name: &str, parent: u32, ticks: [u64; 2], start: u64) {
@@ -204,12 +206,21 @@ mod tests {
         assert!(parents.contains_key(&process::id()));
         assert!(is_ours(process::id(), process::id(), &parents));
         assert!(!is_ours(1, process::id(), &parents));
-        let mut child = process::Command::new("sleep").arg("60").spawn().unwrap();
+        // A program that has only just begun has hardly any memory: it has begun once it answers.
+        let mut child = process::Command::new("cat")
+            .stdin(process::Stdio::piped())
+            .stdout(process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.as_mut().unwrap().write_all(b"?").unwrap();
+        let mut answer = [0];
+        let answered = child.stdout.as_mut().unwrap().read_exact(&mut answer);
         let memory = memory_of_ours();
         child.kill().unwrap();
         child.wait().unwrap();
+        answered.unwrap();
         assert!(
-            memory.values().all(|bytes| *bytes > 4096) && !memory.is_empty(),
+            memory.get("cat").is_some_and(|bytes| *bytes > 4096),
             "{memory:?}"
         );
     }
