@@ -26,26 +26,44 @@ impl Identity {
     }
 
     fn of(pid: i32) -> Result<Self> {
-        let (_state, start_time) = stat(pid).with_context(|| format!("process {pid} is gone"))?;
+        let Stat { start_time, .. } =
+            stat(pid).with_context(|| format!("process {pid} is gone"))?;
         Ok(Self { pid, start_time })
     }
 
-    /// Whether this very process still runs. One that only waits to be collected does not.
+    /// Whether this very process still runs. One that only waits to be collected does not, once its last thread is over:
+    /// the first may be so long before, and until then sockets and programs on NICs are held.
     pub(super) fn is_alive(&self) -> bool {
-        stat(self.pid).is_some_and(|(state, start_time)| {
-            start_time == self.start_time && !matches!(state, 'Z' | 'X')
+        stat(self.pid).is_some_and(|stat| {
+            let over = match stat.state {
+                'X' => true,
+                'Z' => stat.threads <= 1,
+                _ => false,
+            };
+            stat.start_time == self.start_time && !over
         })
     }
 }
 
-/// State and start time of a process.
-fn stat(pid: i32) -> Option<(char, u64)> {
+/// What `/proc/<pid>/stat` says of a process.
+struct Stat {
+    /// Of its first thread.
+    state: char,
+    /// A first thread that waits for others is one of them.
+    threads: u64,
+    start_time: u64,
+}
+
+fn stat(pid: i32) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may itself contain any character, also `)`.
     let mut fields = text.get(text.rfind(')')? + 1..)?.split_whitespace();
     let state = fields.next()?.chars().next()?;
-    let start_time = fields.nth(18)?.parse().ok()?;
-    Some((state, start_time))
+    Some(Stat {
+        state,
+        threads: fields.nth(16)?.parse().ok()?,
+        start_time: fields.nth(1)?.parse().ok()?,
+    })
 }
 
 /// A started process. A record beside its log lets another run of the lab's command line end it.
@@ -196,6 +214,28 @@ mod tests {
             ..this
         };
         assert!(!other.is_alive());
+    }
+
+    #[test]
+    fn a_process_lives_as_long_as_its_last_thread() {
+        let threads = "import ctypes, threading, time\n\
+                       threading.Thread(target=time.sleep, args=(60,)).start()\n\
+                       ctypes.CDLL(None).pthread_exit(None)";
+        let mut child = Command::new("python3")
+            .args(["-c", threads])
+            .spawn()
+            .expect("starts");
+        let pid = i32::try_from(child.id()).expect("a pid");
+        let identity = Identity::of(pid).expect("it runs");
+        let first = crate::wait_until("its first thread is over", Duration::from_secs(20), || {
+            stat(pid).is_some_and(|stat| stat.state == 'Z')
+        });
+        let lives = identity.is_alive();
+        child.kill().expect("its other thread can be ended");
+        child.wait().expect("it ends");
+        first.expect("a first thread that ends");
+        assert!(lives, "it has another thread");
+        assert!(!identity.is_alive());
     }
 
     #[test]
