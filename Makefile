@@ -111,9 +111,9 @@ perf: root setup
 	@echo 'The report: $(PERF)/report.html, as Markdown: $(PERF)/report.md, the results beside it'
 
 perf-check: root setup
-	@test -n '$(BASE)' || { echo 'make perf-check BASE=commit [HEAD=commit]' >&2; exit 2; }
+	@test -n '$(BASE)' || { echo 'make perf-check BASE=commit [HEAD=commit] [PERF_ROUNDS=12]' >&2; exit 2; }
 	$(CARGO) build --release --package ripstop-perf --bins
-	$(BUILT)/release/ripstop-perf perf-check $(BASE) $(or $(HEAD),HEAD)
+	$(BUILT)/release/ripstop-perf perf-check $(BASE) $(or $(HEAD),HEAD) $(PERF_ROUNDS:%=--rounds %)
 
 deep: setup miri loom mutations fuzz
 
