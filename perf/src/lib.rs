@@ -28,6 +28,7 @@ mod lab;
 pub mod measure;
 mod netns;
 mod packet;
+mod proc_stat;
 pub mod report;
 mod stack;
 mod sys;

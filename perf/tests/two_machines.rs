@@ -338,7 +338,9 @@ fn lab_of(machines: &Machines<'_>, child: &Running) -> Result<Lab> {
 
 fn ended(pid: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.is_empty() || stat.contains(") Z ")
+    // Its first thread may be over before others.
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    stat.is_empty() || stat.contains(") Z ") && threads <= 1
 }
 
 /// Nobody gives the NIC back then but the next who wants it, and the agent hears of it from its connection alone.

@@ -14,6 +14,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::stats::whole;
+use crate::proc_stat::ProcStat;
 
 /// CPU time of processes that are not ours, during a trial.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,15 +35,7 @@ pub struct Neighbours {
     own: u32,
     began: Instant,
     /// By pid and start time.
-    before: BTreeMap<(u32, u64), Process>,
-}
-
-#[derive(Debug)]
-struct Process {
-    name: String,
-    parent: u32,
-    /// Hundredths of a second (USER_HZ, which is 100 on every architecture that Ripstop runs on).
-    ticks: u64,
+    before: BTreeMap<(u32, u64), ProcStat>,
 }
 
 impl Neighbours {
@@ -114,7 +107,7 @@ pub fn memory_of_ours() -> BTreeMap<String, u64> {
     memory
 }
 
-fn parents(processes: &BTreeMap<(u32, u64), Process>) -> HashMap<u32, u32> {
+fn parents(processes: &BTreeMap<(u32, u64), ProcStat>) -> HashMap<u32, u32> {
     let pairs = processes.iter();
     pairs
         .map(|((pid, _), process)| (*pid, process.parent))
@@ -137,22 +130,14 @@ fn is_ours(pid: u32, own: u32, parents: &HashMap<u32, u32>) -> bool {
     false
 }
 
-fn processes(proc: &Path) -> BTreeMap<(u32, u64), Process> {
+fn processes(proc: &Path) -> BTreeMap<(u32, u64), ProcStat> {
     let entries = fs::read_dir(proc).into_iter().flatten().flatten();
     entries
         .filter_map(|entry| {
             let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
             let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
-            // The name in parentheses may itself contain any character, also `)`.
-            let (begin, end) = (stat.find('(')?, stat.rfind(')')?);
-            let fields: Vec<&str> = stat.get(end + 1..)?.split_whitespace().collect();
-            let number = |at: usize| fields.get(at)?.parse::<u64>().ok();
-            let process = Process {
-                name: stat.get(begin + 1..end)?.to_owned(),
-                parent: fields.get(1)?.parse().ok()?,
-                ticks: number(11)? + number(12)?,
-            };
-            Some(((pid, number(19)?), process))
+            let process = ProcStat::parse(&stat)?;
+            Some(((pid, process.start_time), process))
         })
         .collect()
 }

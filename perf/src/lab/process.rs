@@ -10,6 +10,7 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::proc_stat::ProcStat;
 use crate::sys;
 
 /// What makes a process unmistakable: a pid alone is given out again.
@@ -26,7 +27,7 @@ impl Identity {
     }
 
     fn of(pid: i32) -> Result<Self> {
-        let Stat { start_time, .. } =
+        let ProcStat { start_time, .. } =
             stat(pid).with_context(|| format!("process {pid} is gone"))?;
         Ok(Self { pid, start_time })
     }
@@ -45,25 +46,8 @@ impl Identity {
     }
 }
 
-/// What `/proc/<pid>/stat` says of a process.
-struct Stat {
-    /// Of its first thread.
-    state: char,
-    /// A first thread that waits for others is one of them.
-    threads: u64,
-    start_time: u64,
-}
-
-fn stat(pid: i32) -> Option<Stat> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may itself contain any character, also `)`.
-    let mut fields = text.get(text.rfind(')')? + 1..)?.split_whitespace();
-    let state = fields.next()?.chars().next()?;
-    Some(Stat {
-        state,
-        threads: fields.nth(16)?.parse().ok()?,
-        start_time: fields.nth(1)?.parse().ok()?,
-    })
+fn stat(pid: i32) -> Option<ProcStat> {
+    ProcStat::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
 /// A started process. A record beside its log lets another run of the lab's command line end it.
