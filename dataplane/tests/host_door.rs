@@ -21,7 +21,7 @@ use ripstop_dataplane::tun::{self, Offloads, TunQueue};
 mod common;
 mod networks;
 
-use common::{ip, own_namespace};
+use common::{ip, kernel, own_namespace};
 use networks::{behind, forward, send};
 
 /// `struct virtio_net_hdr` before each packet.
@@ -195,15 +195,6 @@ fn super_packets_are_cut_and_joined() {
     );
     assert_eq!(queue.take_super_packets(), SuperPackets::default());
     assert_eq!(delivered() - before, if known { 1 } else { 5 });
-}
-
-/// Version of the running kernel.
-fn kernel() -> (u32, u32) {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    let mut numbers = release
-        .split(['.', '-'])
-        .map(|number| number.parse().unwrap());
-    (numbers.next().unwrap(), numbers.next().unwrap())
 }
 
 /// Packets that the kernel has taken from the queues.

@@ -15,6 +15,7 @@ use std::thread;
 use ripstop_dataplane::nic::{Feature, Nic};
 use ripstop_dataplane::nic_settings::{FILE, NicSettings, Setting};
 
+#[expect(dead_code, reason = "every test binary uses its own part")]
 mod common;
 
 use common::{ip, own_namespace};

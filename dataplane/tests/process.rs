@@ -26,6 +26,7 @@ use ripstop_fib::{
 };
 use tempfile::TempDir;
 
+#[expect(dead_code, reason = "every test binary uses its own part")]
 mod common;
 
 use common::{ip, own_namespace};

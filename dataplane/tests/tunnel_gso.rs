@@ -30,6 +30,7 @@ use ripstop_fib::stats::{Counter, STATS_WORDS, Stats};
 use ripstop_fib::sync::{Ordering, words};
 use ripstop_fib::{DropReason, Publisher, Reader, Region, Word, publish};
 
+#[expect(dead_code, reason = "every test binary uses its own part")]
 mod common;
 mod packets;
 mod sockets;

@@ -19,6 +19,7 @@ use ripstop_dataplane::door::RIP0;
 use ripstop_dataplane::port::{Burst, Port};
 use ripstop_dataplane::veth::{self, VethDoor, VethQueue};
 
+#[expect(dead_code, reason = "every test binary uses its own part")]
 mod common;
 mod networks;
 

@@ -30,6 +30,7 @@ use ripstop_dataplane::xdp::{
     XdpError, XdpProgram,
 };
 
+#[expect(dead_code, reason = "every test binary uses its own part")]
 mod common;
 
 use common::{ip, own_namespace};

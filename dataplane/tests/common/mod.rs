@@ -1,7 +1,7 @@
 //! What tests of devices need: a network namespace of their own, and `ip`.
 
-use std::io;
 use std::process::Command;
+use std::{fs, io};
 
 /// Gives the calling thread a network namespace, which the kernel removes with the thread.
 pub(crate) fn own_namespace() {
@@ -25,4 +25,13 @@ pub(crate) fn run(program: &str, arguments: &str) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{program} {arguments}: {errors}");
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Version of the running kernel.
+pub(crate) fn kernel() -> (u32, u32) {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release
+        .split(['.', '-'])
+        .map(|number| number.parse().unwrap());
+    (numbers.next().unwrap(), numbers.next().unwrap())
 }
