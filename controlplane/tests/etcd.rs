@@ -23,8 +23,10 @@ use ripstop_controlplane::netconf::NetConf;
 const URL: &str = "http://127.0.0.1:2379";
 const CONFIG: &str = "/coreos.com/network/config";
 const SUBNETS: &str = "/coreos.com/network/subnets/";
-const V4: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
-const DUAL: &str = r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}"#;
+/// A node chooses its subnet by chance, up to `SubnetMax`. What a test gives to a peer later lies above that, or it might
+/// be the node's.
+const V4: &str = r#"{"Network":"10.5.0.0/16","SubnetMax":"10.5.99.0","Backend":{"Type":"vxlan"}}"#;
+const DUAL: &str = r#"{"Network":"10.5.0.0/16","SubnetMax":"10.5.99.0","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}"#;
 const V6: &str = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}"#;
 /// Longer than a source needs for anything that it does by itself.
 const WHILE: Duration = Duration::from_secs(3);
@@ -138,13 +140,13 @@ fn key_of(set: &LeaseSet) -> String {
     key(&subnet(set, Family::V4).replace('/', "-"))
 }
 
-const PEER: &str = "10.199.0.12 10.5.52.0/24 10.199.0.12 c6:d2:32:6f:8f:44";
+const PEER: &str = "10.199.0.12 10.5.152.0/24 10.199.0.12 c6:d2:32:6f:8f:44";
 
 #[test]
 fn a_node_takes_a_lease_in_flannels_form_and_sees_its_peers() {
     let rig = Rig::new(V4);
     let lease = rig.etcd.put_for(
-        &key("10.5.52.0-24"),
+        &key("10.5.152.0-24"),
         &value("10.199.0.12", "c6:d2:32:6f:8f:44"),
         86_400,
     );
@@ -161,22 +163,22 @@ fn a_node_takes_a_lease_in_flannels_form_and_sees_its_peers() {
     assert_ne!(own.lease, lease);
     // Peers come, change and go.
     rig.etcd.put(
-        &key("10.5.53.0-24"),
+        &key("10.5.153.0-24"),
         &value("10.199.0.13", "c6:d2:32:6f:8f:45"),
     );
     source.peers(&[
         PEER,
-        "10.199.0.13 10.5.53.0/24 10.199.0.13 c6:d2:32:6f:8f:45",
+        "10.199.0.13 10.5.153.0/24 10.199.0.13 c6:d2:32:6f:8f:45",
     ]);
     rig.etcd.put(
-        &key("10.5.53.0-24"),
+        &key("10.5.153.0-24"),
         &value("10.199.0.14", "c6:d2:32:6f:8f:46"),
     );
     source.peers(&[
         PEER,
-        "10.199.0.14 10.5.53.0/24 10.199.0.14 c6:d2:32:6f:8f:46",
+        "10.199.0.14 10.5.153.0/24 10.199.0.14 c6:d2:32:6f:8f:46",
     ]);
-    rig.etcd.delete(&key("10.5.53.0-24"));
+    rig.etcd.delete(&key("10.5.153.0-24"));
     source.peers(&[PEER]);
     assert_eq!(rig.own(), own, "nothing of ours was written again");
 }
@@ -319,7 +321,7 @@ fn a_lease_is_renewed_before_it_ends_and_ends_when_nobody_does() {
     drop(source);
     // A source that has ended does not notice until it is told something.
     rig.etcd.put(
-        &key("10.5.52.0-24"),
+        &key("10.5.152.0-24"),
         &value("10.199.0.12", "c6:d2:32:6f:8f:44"),
     );
     eventually("the lease is over", || {
@@ -458,36 +460,36 @@ fn bad_keys_and_values_disturb_nobody() {
     let rig = Rig::new(V4);
     for (name, value) in [
         ("nonsense", ""),
-        ("10.5.60.0-24", "{"),
+        ("10.5.160.0-24", "{"),
         (
-            "10.5.61.0-24",
+            "10.5.161.0-24",
             r#"{"PublicIP":"ten","BackendType":"vxlan"}"#,
         ),
         (
-            "10.5.62.0-24",
+            "10.5.162.0-24",
             r#"{"PublicIP":"10.199.0.62","BackendType":"host-gw"}"#,
         ),
         (
-            "10.5.63.0-24",
+            "10.5.163.0-24",
             r#"{"PublicIP":"10.199.0.63","BackendType":"vxlan","BackendData":{"VtepMAC":"x"}}"#,
         ),
     ] {
         rig.etcd.put(&key(name), value);
     }
     rig.etcd.put(
-        &key("10.5.52.0-24"),
+        &key("10.5.152.0-24"),
         &value("10.199.0.12", "c6:d2:32:6f:8f:44"),
     );
     let source = rig.start(rig.settings(V4));
     assert_eq!(described(&source.set()), [PEER]);
     source.assert_quiet(Duration::from_secs(1));
     rig.etcd.put(
-        &key("10.5.60.0-24"),
+        &key("10.5.160.0-24"),
         &value("10.199.0.60", "c6:d2:32:6f:8f:60"),
     );
     source.peers(&[
         PEER,
-        "10.199.0.60 10.5.60.0/24 10.199.0.60 c6:d2:32:6f:8f:60",
+        "10.199.0.60 10.5.160.0/24 10.199.0.60 c6:d2:32:6f:8f:60",
     ]);
     // Our own value is nobody's claim, so it is put right.
     let own = rig.own();
@@ -501,7 +503,7 @@ fn bad_keys_and_values_disturb_nobody() {
 fn the_last_set_stays_while_etcd_is_away_and_news_come_when_it_is_back() {
     let mut rig = Rig::new(V4);
     rig.etcd.put(
-        &key("10.5.52.0-24"),
+        &key("10.5.152.0-24"),
         &value("10.199.0.12", "c6:d2:32:6f:8f:44"),
     );
     let source = rig.start(rig.settings(V4));
@@ -514,22 +516,22 @@ fn the_last_set_stays_while_etcd_is_away_and_news_come_when_it_is_back() {
     // What happens while it cannot be reached comes by the history.
     rig.etcd.restart_at("http://127.0.0.1:3379");
     rig.etcd.put(
-        &key("10.5.53.0-24"),
+        &key("10.5.153.0-24"),
         &value("10.199.0.13", "c6:d2:32:6f:8f:45"),
     );
-    rig.etcd.delete(&key("10.5.52.0-24"));
+    rig.etcd.delete(&key("10.5.152.0-24"));
     rig.etcd.kill();
     rig.etcd.restart_at(URL);
     let back = std::time::Instant::now();
-    let three = "10.199.0.13 10.5.53.0/24 10.199.0.13 c6:d2:32:6f:8f:45";
+    let three = "10.199.0.13 10.5.153.0/24 10.199.0.13 c6:d2:32:6f:8f:45";
     source.peers(&[three]);
     println!("news {:?} after the start of etcd", back.elapsed());
     // And by a list, when the history is cut off.
     rig.etcd.kill();
     rig.etcd.restart_at("http://127.0.0.1:3379");
-    rig.etcd.delete(&key("10.5.53.0-24"));
+    rig.etcd.delete(&key("10.5.153.0-24"));
     rig.etcd.put(
-        &key("10.5.52.0-24"),
+        &key("10.5.152.0-24"),
         &value("10.199.0.12", "c6:d2:32:6f:8f:44"),
     );
     rig.etcd.compact();
@@ -569,7 +571,7 @@ fn a_change_of_the_network_configuration_is_said() {
 fn both_families_share_a_key() {
     let rig = Rig::new(DUAL);
     let peer = r#"{"PublicIP":"10.199.0.12","PublicIPv6":"fd00:199::12","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:44"},"BackendV6Data":{"VNI":1,"VtepMAC":"c6:d2:32:6f:8f:46"}}"#;
-    rig.etcd.put(&key("10.5.52.0-24&fd00:5:0:52::-64"), peer);
+    rig.etcd.put(&key("10.5.152.0-24&fd00:5:0:52::-64"), peer);
     let source = rig.start(rig.settings(DUAL));
     let set = source.set();
     assert_eq!(
