@@ -1,5 +1,7 @@
 //! What `/proc/<pid>/stat` says of a process (proc_pid_stat(5)).
 
+use std::fs;
+
 /// The fields that somebody here asks for.
 #[derive(Debug)]
 pub(crate) struct ProcStat {
@@ -16,6 +18,11 @@ pub(crate) struct ProcStat {
 }
 
 impl ProcStat {
+    /// Of a process that is there.
+    pub(crate) fn of(pid: i32) -> Option<Self> {
+        Self::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    }
+
     pub(crate) fn parse(text: &str) -> Option<Self> {
         // The name in parentheses may itself contain any character, also `)`.
         let (begin, end) = (text.find('(')?, text.rfind(')')?);

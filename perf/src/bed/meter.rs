@@ -15,6 +15,7 @@ use crate::engine::Window;
 use crate::lab::{Host, Lab, Workers, wait_until};
 use crate::measure::{CpuTimes, Limit, Trial, WorkerCost};
 use crate::netns::Netns;
+use crate::proc_stat::ProcStat;
 
 /// How long a data plane may take to say what it has counted: it does many times a second, where it gets a CPU.
 const PUBLISH: Duration = Duration::from_secs(10);
@@ -252,13 +253,9 @@ fn conntrack_losses(text: &str) -> Vec<(String, u64)> {
 /// Waits until a process uses hardly any CPU time: it has done what it had to.
 pub(super) fn wait_for_rest(what: &str, pid: i32, within: Duration) -> Result<()> {
     const LOOK: Duration = Duration::from_millis(200);
-    let ticks = || -> Result<u64> {
-        let path = format!("/proc/{pid}/stat");
-        let text = fs::read_to_string(&path).with_context(|| format!("{what} has ended"))?;
-        // The name in parentheses may contain anything; user and system time are fields 14 and 15.
-        let fields = text.rsplit(')').next().unwrap_or_default();
-        let times = fields.split_whitespace().skip(11).take(2);
-        Ok(times.filter_map(|time| time.parse::<u64>().ok()).sum())
+    let ticks = || {
+        let stat = ProcStat::of(pid).with_context(|| format!("{what} has ended"))?;
+        anyhow::Ok(stat.ticks)
     };
     let (mut before, mut failure) = (ticks()?, None);
     wait_until(&format!("{what} is at rest"), within, || {

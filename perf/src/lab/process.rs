@@ -28,14 +28,14 @@ impl Identity {
 
     fn of(pid: i32) -> Result<Self> {
         let ProcStat { start_time, .. } =
-            stat(pid).with_context(|| format!("process {pid} is gone"))?;
+            ProcStat::of(pid).with_context(|| format!("process {pid} is gone"))?;
         Ok(Self { pid, start_time })
     }
 
     /// Whether this very process still runs. One that only waits to be collected does not, once its last thread is over:
     /// the first may be so long before, and until then sockets and programs on NICs are held.
     pub(super) fn is_alive(&self) -> bool {
-        stat(self.pid).is_some_and(|stat| {
+        ProcStat::of(self.pid).is_some_and(|stat| {
             let over = match stat.state {
                 'X' => true,
                 'Z' => stat.threads <= 1,
@@ -44,10 +44,6 @@ impl Identity {
             stat.start_time == self.start_time && !over
         })
     }
-}
-
-fn stat(pid: i32) -> Option<ProcStat> {
-    ProcStat::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
 /// A started process. A record beside its log lets another run of the lab's command line end it.
@@ -212,7 +208,7 @@ mod tests {
         let pid = i32::try_from(child.id()).expect("a pid");
         let identity = Identity::of(pid).expect("it runs");
         let first = crate::wait_until("its first thread is over", Duration::from_secs(20), || {
-            stat(pid).is_some_and(|stat| stat.state == 'Z')
+            ProcStat::of(pid).is_some_and(|stat| stat.state == 'Z')
         });
         let lives = identity.is_alive();
         child.kill().expect("its other thread can be ended");
